@@ -1,0 +1,57 @@
+"""What every head is: a module that reads one bag and says what it needs of it."""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .bag import Bag, Prediction
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a head asks of a bag: this many levels (1: exactly one, a flat head) and these columns."""
+
+    levels: int = 1
+    grid: bool = False
+    tissue: bool = False
+    pixels: bool = False
+
+
+class Head(nn.Module):
+    """`load_head(name, head.dim, head.classes, **head.options)` makes the same head again, weights apart."""
+
+    needs: ClassVar[Needs] = Needs()
+
+    def __init__(self, dim: int, classes: int, **options: Any) -> None:
+        super().__init__()
+        if dim < 1 or classes < 1:
+            raise ValueError(f"dim and classes must be at least 1, not {dim} and {classes}")
+        self.dim, self.classes, self.options = dim, classes, options
+
+    def forward(self, bag: Bag) -> Prediction:
+        raise NotImplementedError
+
+    def loss(self, prediction: Prediction, target: int, class_weight: Tensor | None = None) -> Tensor:
+        """Cross-entropy of one bag."""
+        label = torch.as_tensor(target, device=prediction.logits.device)
+        loss = F.cross_entropy(prediction.logits, label)
+        # not cross_entropy's own `weight`: it divides by the weights of the batch, so with one bag it would do nothing
+        return loss if class_weight is None else loss * class_weight[label]
+
+    def check(self, bag: Bag) -> None:
+        """The first line of every `forward`: a bag this head was not made for is refused in words."""
+        name, levels = type(self).__name__, len(bag.levels)
+        if self.needs.levels == 1 and levels > 1:
+            raise ValueError(
+                f"{name} reads one level, this bag has {levels}: choose one with bag.at(mpp) or bag.finest"
+            )
+        if levels < self.needs.levels:
+            raise ValueError(f"{name} needs {self.needs.levels} levels or more, this bag has {levels}")
+        if bag.dim != self.dim:
+            raise ValueError(f"{name} was made for {self.dim} features per tile, this bag has {bag.dim}")
+        for column in ("grid", "tissue"):
+            if getattr(self.needs, column):
+                getattr(bag, column)  # says itself what is missing

@@ -1,0 +1,402 @@
+"""The command line: arguments in, one function call, words out. Heavy libraries are imported by the commands."""
+
+import inspect
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import click
+import typer
+
+from .config import Config, EncodeConfig, TileConfig, TissueConfig, make_config
+from .errors import RunStopped, UsageError
+
+app = typer.Typer(
+    name="slidestream",
+    help="A folder of whole slides in; tissue, tiles, features and slide predictions out.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+PANELS = ((TissueConfig, "Tissue"), (TileConfig, "Tiles"), (EncodeConfig, "Encoder"), (Config, "Reading"))
+SHORT = {"encoder": ["-e"]}
+
+
+def _flags() -> list[inspect.Parameter]:
+    """One flag for every field of Config, so that flags, TOML keys and Python keywords cannot drift apart."""
+    flags, seen = [], set()
+    for part, panel in PANELS:
+        for name, field in part.model_fields.items():
+            if name in seen:
+                continue
+            seen.add(name)
+            text = f"{field.description} [default: {_shown(field.default)}]"
+            dashed = name.replace("_", "-")
+            names = f"--{dashed}/--no-{dashed}" if isinstance(field.default, bool) else f"--{dashed}"
+            option = typer.Option(names, *SHORT.get(name, []), help=text, rich_help_panel=panel)
+            flags.append(
+                inspect.Parameter(
+                    name,
+                    inspect.Parameter.KEYWORD_ONLY,
+                    default=None,
+                    annotation=Annotated[_kind(field.default, name), option],
+                )
+            )
+    return flags
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, bool) or value is None:
+        return {True: "yes", False: "no", None: "none"}[value]
+    return f"{value:g}" if isinstance(value, float | int) else str(value)
+
+
+def _kind(default: Any, name: str) -> Any:
+    if name == "tile_px":
+        return int | None
+    if name == "origin":
+        return tuple[float, float] | None
+    return (type(default) if isinstance(default, bool | int | float) else str) | None
+
+
+def with_settings(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command all settings of Config as flags; it receives those that were set as `settings`."""
+
+    def wrapped(**values: Any) -> None:
+        settings = {name: values.pop(name) for name in list(values) if name in Config.model_fields}
+        command(settings={k: v for k, v in settings.items() if v is not None}, **values)
+
+    own = [p for p in inspect.signature(command).parameters.values() if p.name != "settings"]
+    own = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own]
+    wrapped.__name__, wrapped.__doc__ = command.__name__, command.__doc__
+    wrapped.__signature__ = inspect.Signature(own + _flags())  # type: ignore[attr-defined]
+    wrapped.__annotations__ = {p.name: p.annotation for p in own + _flags()}
+    return wrapped
+
+
+Slides = Annotated[str, typer.Argument(help="a folder, a glob in quotes, a CSV with a column `slide`, or one file")]
+OutOption = Annotated[Path, typer.Option("--out", "-o", help="the output folder")]
+OutFolder = Annotated[Path, typer.Argument(help="an output folder of `slidestream run`")]
+Workers = Annotated[int | None, typer.Option("--workers", min=1, help="worker processes [default: one a core]")]
+Scheduler = Annotated[
+    str | None, typer.Option("--scheduler", help="tcp://… of a running Dask scheduler, in place of local workers")
+]
+MppCsv = Annotated[
+    Path | None, typer.Option("--mpp-csv", help="a table slide,mpp: µm per pixel where files do not say it")
+]
+
+
+@app.command()
+@with_settings
+def run(
+    slides: Slides,
+    out: OutOption,
+    mpp_csv: MppCsv = None,
+    workers: Workers = None,
+    scheduler: Scheduler = None,
+    redo: Annotated[
+        bool, typer.Option("--redo", help="recompute what depends on a changed recipe, and what is damaged")
+    ] = False,
+    config: Annotated[
+        Path | None, typer.Option("--config", help="a TOML file with settings; flags win over it")
+    ] = None,
+    preset: Annotated[
+        str | None, typer.Option("--preset", help="tiles as a family of heads wants them: hvit, hipt")
+    ] = None,
+    settings: dict[str, Any] | None = None,
+) -> None:
+    """Slides to features. The same command again resumes, and does nothing where nothing is missing.
+
+    \b
+    slidestream run slides/ -o out/ -e resnet50 --mpp 0.5 --levels 3
+    slidestream run 'slides/**/*.svs' -o out/ -e uni --mpp-csv mpp.csv
+    slidestream run slides/ -o out/ --config recipe.toml --workers 8
+    """
+    from .batch import run as run_batch
+
+    recipe = make_config(preset, config, **settings or {})
+    with _Terminal() as terminal:
+        report = run_batch(
+            slides,
+            out,
+            config=recipe,
+            mpp_csv=mpp_csv,
+            workers=workers,
+            scheduler=scheduler,
+            redo=redo,
+            progress=terminal,
+        )
+    _tell(report, out)
+    raise typer.Exit(report.exit_code)
+
+
+@app.command()
+def train(
+    out: OutFolder,
+    labels: Annotated[Path, typer.Option("--labels", help="a table slide,label[,patient][,split]")],
+    head: Annotated[str, typer.Option("--head", help="mean, max, abmil, or module:function")] = "abmil",
+    name: Annotated[str | None, typer.Option("--name", help="of the model [default: the head's]")] = None,
+    level: Annotated[
+        float | None, typer.Option("--level", help="µm/px of the level that is read [default: the finest]")
+    ] = None,
+    encoder: Annotated[
+        str | None, typer.Option("--encoder", "-e", help="which features, where there are several")
+    ] = None,
+    epochs: Annotated[int, typer.Option("--epochs", min=1)] = 50,
+    patience: Annotated[int, typer.Option("--patience", min=1, help="epochs without a better validation loss")] = 10,
+    lr: Annotated[float, typer.Option("--lr", min=0)] = 1e-4,
+    weight_decay: Annotated[float, typer.Option("--weight-decay", min=0)] = 1e-5,
+    seed: Annotated[int, typer.Option("--seed")] = 0,
+    option: Annotated[
+        list[str] | None, typer.Option("--option", help="of the head, as name=value; may be repeated")
+    ] = None,
+) -> None:
+    """Train an attention head on stored features; writes OUT/models/<name>.
+
+    \b
+    slidestream train out/ --labels labels.csv --head abmil
+    slidestream train out/ --labels labels.csv --head abmil --option gated=false --name plain --level 1.0
+    """
+    from .training import train as train_head
+
+    trained = train_head(
+        out,
+        labels,
+        head=head,
+        name=name,
+        level=level,
+        encoder=encoder,
+        epochs=epochs,
+        patience=patience,
+        lr=lr,
+        weight_decay=weight_decay,
+        seed=seed,
+        **_options(option or []),
+    )
+    for warning in trained.warnings:
+        _say(f"note: {warning}")
+    for part, metrics in trained.metrics.items():
+        _say(f"{part:6}" + "  ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
+    _say(f"best epoch {trained.best_epoch + 1}; the model is in {trained.folder}")
+
+
+def _options(pairs: list[str]) -> dict[str, Any]:
+    """name=value → keyword arguments; a value is read as TOML (true, 3, 0.5, "text"), else as text."""
+    import tomllib
+
+    options: dict[str, Any] = {}
+    for pair in pairs:
+        name, sign, value = pair.partition("=")
+        if not sign:
+            raise UsageError(f"--option {pair!r}: write name=value")
+        try:
+            options[name.strip().replace("-", "_")] = tomllib.loads(f"value = {value}")["value"]
+        except tomllib.TOMLDecodeError:
+            options[name.strip().replace("-", "_")] = value
+    return options
+
+
+@app.command()
+def predict(
+    source: Annotated[str, typer.Argument(help="an output folder of `slidestream run`, or slides (then give -o)")],
+    model: Annotated[str, typer.Option("--model", "-m", help="a model folder, or a name below OUT/models")],
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="where features of slides go")] = None,
+    weights: Annotated[
+        str | None, typer.Option("--weights", help="the encoder's checkpoint, where it has moved")
+    ] = None,
+    mpp_csv: MppCsv = None,
+    workers: Workers = None,
+    scheduler: Scheduler = None,
+) -> None:
+    """Predict slides with a trained model; writes predictions/<model>.csv, attention and heatmaps.
+
+    \b
+    slidestream predict out/ --model abmil
+    slidestream predict new_slides/ -o new_out/ --model out/models/abmil
+    """
+    from .batch import predict as predict_batch
+
+    given = {"weights": weights, "mpp_csv": mpp_csv, "workers": workers, "scheduler": scheduler}
+    options: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    place = Path(out or source)
+    with _Terminal() as terminal:
+        progress = {} if out is None else {"progress": terminal}
+        report = predict_batch(source, model, out, **options, **progress)
+    _tell(report, place)
+    raise typer.Exit(report.exit_code)
+
+
+@app.command()
+def status(out: OutFolder) -> None:
+    """What is done, empty, failed and waiting in an output folder, also while a run is going.
+
+    \b
+    slidestream status out/
+    """
+    from .output import status_lines
+
+    lines, code = status_lines(out)
+    for line in lines:
+        _say(line)
+    raise typer.Exit(code)
+
+
+@app.command()
+def doctor(
+    encoder: Annotated[str | None, typer.Option("--encoder", "-e", help="try this encoder on one tile")] = None,
+    weights: Annotated[str | None, typer.Option("--weights", help="with this checkpoint, or `random`")] = None,
+) -> None:
+    """What works on this machine: libraries, readers, devices, encoders.
+
+    \b
+    slidestream doctor
+    slidestream doctor -e lab_lbp
+    """
+    from .doctor import examine
+
+    lines, code = examine(encoder, weights)
+    for line in lines:
+        _say(line)
+    raise typer.Exit(code)
+
+
+@app.command()
+def demo(
+    folder: Annotated[Path, typer.Argument(help="where the demo puts its slides and results")] = Path("demo"),
+    slides: Annotated[int, typer.Option("--slides", min=12, help="how many slides to make")] = 24,
+    seed: Annotated[int, typer.Option("--seed", help="another seed makes other slides")] = 0,
+) -> None:
+    """Make slides, extract features, train AB-MIL on two thirds, predict the last third. No download, no GPU.
+
+    \b
+    slidestream demo
+    slidestream demo /tmp/demo --seed 1
+    """
+    from .demo import run_demo
+
+    with _Terminal() as terminal:
+        lines = run_demo(folder, slides, seed, terminal)
+    for line in lines:
+        _say(line)
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)
+
+
+class _Terminal:
+    """Progress: two bars on a terminal, plain lines elsewhere."""
+
+    def __init__(self) -> None:
+        self.bars: Any = None
+        self.total = self.seen = 0
+
+    def __enter__(self) -> "_Terminal":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.bars is not None:
+            self.bars.stop()
+
+    def start(self, total: int, todo: int) -> None:
+        self.total, self.seen = total, total - todo
+        self.note(f"{total} slides, {total - todo} finished before, {todo} to do")
+        if not sys.stdout.isatty() or not todo:
+            return
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+        columns = (
+            TextColumn("{task.description:6}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[rate]}"),
+        )
+        self.bars = Progress(*columns)
+        self.slides = self.bars.add_task("slides", total=total, completed=self.seen, rate="")
+        self.count = self.bars.add_task("tiles", total=None, rate="")
+        self.bars.start()
+
+    def slide(self, outcome: Any) -> None:
+        self.seen += 1
+        if self.bars is None:
+            detail = outcome.message if outcome.status == "failed" else f"{outcome.tiles or 0} tiles"
+            _say(
+                f"[{self.seen}/{self.total}] {outcome.status:7} {outcome.slide}  {detail}  {outcome.seconds or 0:.1f} s"
+            )
+        else:
+            self.bars.update(self.slides, advance=1)
+            if outcome.status == "failed":
+                self.bars.console.print(
+                    f"failed {outcome.slide}: {outcome.message}", markup=False, highlight=False, style="red"
+                )
+
+    def tiles(self, count: int) -> None:
+        if self.bars is not None:
+            self.bars.update(self.count, advance=count)
+            speed = self.bars.tasks[1].finished_speed or self.bars.tasks[1].speed
+            self.bars.update(self.count, rate=f"{speed:.0f} tiles/s" if speed else "")
+
+    def note(self, text: str) -> None:
+        _say(text)
+
+
+def _tell(report: Any, out: Path) -> None:
+    """The failures as a table, then one line of totals."""
+    for outcome in report.failures:
+        _say(f"failed  {outcome.slide}\n        {outcome.stage}: {outcome.message}")
+    counts = ", ".join(f"{number} {status}" for status, number in sorted(report.counts.items()))
+    encoded = f"; {report.tiles_encoded} tiles encoded" if report.tiles_encoded else ""
+    _say(f"{counts or 'nothing to do'}{encoded}; {report.seconds:.1f} s; {out}")
+    if report.interrupted:
+        _say("interrupted; the same command resumes")
+
+
+def _log_fault(error: BaseException) -> str:
+    """Where the traceback of a fault of ours was written: the output folder's logs, else the current folder."""
+    given = [sys.argv[i + 1] for i, arg in enumerate(sys.argv[:-1]) if arg in ("-o", "--out")]
+    folders = (
+        [Path(given[0]) / "logs"]
+        if given
+        else [Path(a) / "logs" for a in sys.argv[1:] if (Path(a) / "run.json").is_file()]
+    )
+    folder = next((f for f in folders if f.is_dir() and os.access(f, os.W_OK)), Path.cwd())
+    path = folder / f"slidestream-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.log"
+    path.write_text(" ".join(sys.argv) + "\n" + "".join(traceback.format_exception(error)))
+    return str(path)
+
+
+def main() -> None:
+    """The console command. Exits 0, 1 usage, 2 nothing succeeded, 3 some failed, 4 had to stop, 130 interrupted."""
+    sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]  # names that are not UTF-8
+    sys.stderr.reconfigure(errors="replace")  # type: ignore[union-attr]
+    sys.path.insert(0, os.getcwd())  # so that module:function finds what stands in the current folder
+    try:
+        code = app(standalone_mode=False)
+    except click.exceptions.Abort:
+        code = 130
+    except click.ClickException as error:
+        error.show()
+        code = 1
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = 1
+    except RunStopped as error:
+        print(f"stopped: {error}. What is complete stays; the same command resumes", file=sys.stderr)
+        code = 4
+    except KeyboardInterrupt:
+        code = 130
+    except Exception as error:  # noqa: BLE001 - a fault of ours: one line here, the rest in a log
+        print(
+            f"stopped by a fault of slidestream: {error or type(error).__name__}; see {_log_fault(error)}",
+            file=sys.stderr,
+        )
+        code = 4
+    sys.exit(code if isinstance(code, int) else 0)

@@ -1,0 +1,152 @@
+"""Every setting, with its unit and its bounds. Flags = TOML keys = Python keyword names.
+
+A `Config` is the recipe: equal recipes on equal slides give equal bytes. How many workers do the work, and where, is
+no part of it.
+"""
+
+import hashlib
+import json
+import tomllib
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from .errors import UsageError, nearest
+
+PRESETS: dict[str, dict[str, Any]] = {
+    name: {
+        "levels": levels,
+        "min_tissue": 0.0,
+        "min_region_tissue": 0.1,
+        "keep_background": True,
+        "encode_levels": "finest",
+    }
+    for name, levels in (("hvit", 4), ("hipt", 5))
+}
+
+
+class Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class TissueConfig(Part):
+    """Where tissue is looked for and how small a piece of it, or a hole in it, counts."""
+
+    tissue_mpp: float = Field(8.0, ge=1, le=64, description="µm per pixel of the thumbnail that is segmented")
+    min_density: float = Field(
+        0.06, gt=0, le=1, description="optical density above glass where tissue may end; lower it for faded slides"
+    )
+    min_area_um2: float = Field(16_000.0, ge=0, description="smaller pieces are debris")
+    max_hole_um2: float = Field(50_000.0, ge=0, description="smaller holes belong to the tissue")
+    remove_pen: bool = Field(True, description="off for stains that are blue or green as ink is")
+
+
+class TileConfig(Part):
+    """Which tiles are taken."""
+
+    mpp: float = Field(0.5, ge=0.01, le=500, description="µm per pixel of the finest tiles")
+    levels: int = Field(
+        3, ge=1, le=8, description="levels of the quadtree; each is half as fine as the next; 1 = a flat grid"
+    )
+    tile_px: int | None = Field(None, ge=8, le=8192, description="edge of a tile in pixels; by default the encoder's")
+    min_tissue: float = Field(0.1, ge=0, le=1, description="a finest tile needs this share of tissue")
+    min_region_tissue: float = Field(0.0, ge=0, le=1, description="its coarsest ancestor needs this share of tissue")
+    keep_background: bool = Field(False, description="keep all children of a kept root, also those without tissue")
+    encode_levels: Literal["all", "finest"] | tuple[float, ...] = Field(
+        "all", description="levels that get features: all, finest or their µm/px"
+    )
+    overlap: float = Field(0.0, ge=0, lt=0.95, description="share of a tile that the next one repeats (one level only)")
+    origin: tuple[float, float] = Field((0.0, 0.0), description="level-0 px (x, y) at which the grid begins")
+    tiler: str | None = Field(
+        None, description="module:function (slide, mask, config) -> QuadTree in place of the quadtree"
+    )
+    allow_upsampling: bool = Field(False, description="take slides whose best level is coarser than asked")
+
+    @field_validator("encode_levels", mode="before")
+    @classmethod
+    def _one_or_more(cls, value: Any) -> Any:
+        if isinstance(value, str) and value not in ("all", "finest"):
+            return tuple(float(part) for part in value.split(","))
+        return tuple(value) if isinstance(value, list) else value
+
+    @model_validator(mode="after")
+    def _overlap_is_flat(self) -> Self:
+        if self.overlap and self.levels > 1:
+            raise ValueError("overlapping tiles do not nest: overlap needs levels = 1")
+        return self
+
+
+class EncodeConfig(Part):
+    """What turns a tile into numbers."""
+
+    encoder: str = Field(
+        "resnet50", min_length=1, description="name, timm/<any>, or module:function; see `slidestream doctor`"
+    )
+    weights: str | None = Field(
+        None, description="a local checkpoint, or `random` for benchmarks; by default the published ones"
+    )
+    force_scale: bool = Field(False, description="take tile sizes and resolutions that the encoder was not made for")
+    dtype: Literal["float16", "float32"] = Field("float16", description="type of the stored features")
+
+
+class Config(TissueConfig, TileConfig, EncodeConfig):
+    """The whole recipe, flat. `config.tissue`, `config.tile` and `config.encode` are its parts."""
+
+    reader: Literal["auto", "openslide", "tiffslide", "image"] = Field(
+        "auto", description="which reader opens the slides"
+    )
+
+    @property
+    def tissue(self) -> TissueConfig:
+        return TissueConfig(**{name: getattr(self, name) for name in TissueConfig.model_fields})
+
+    @property
+    def tile(self) -> TileConfig:
+        return TileConfig(**{name: getattr(self, name) for name in TileConfig.model_fields})
+
+    @property
+    def encode(self) -> EncodeConfig:
+        return EncodeConfig(**{name: getattr(self, name) for name in EncodeConfig.model_fields})
+
+
+def make_config(preset: str | None = None, file: str | Path | None = None, **settings: Any) -> Config:
+    """A Config from a preset, then a TOML file, then keywords; the later wins. UsageError names what is wrong."""
+    values: dict[str, Any] = {}
+    if file is not None:
+        values = read_toml(file)
+        preset = values.pop("preset", None) if preset is None else preset
+    if preset is not None:
+        if preset not in PRESETS:
+            raise UsageError(nearest(preset, list(PRESETS), "preset"))
+        values = PRESETS[preset] | values
+    values |= settings
+    for key in values:
+        if key not in Config.model_fields:
+            raise UsageError(nearest(key, list(Config.model_fields), "setting"))
+    try:
+        return Config(**values)
+    except ValidationError as error:
+        faults = [f"{'.'.join(str(p) for p in e['loc'][:1]) or 'settings'}: {e['msg']}" for e in error.errors()]
+        raise UsageError("; ".join(faults)) from error
+
+
+def read_toml(path: str | Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"{path}: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path}: not a TOML file: {error}") from error
+
+
+def digest(value: Any) -> str:
+    """sha256 of anything that JSON can hold, or of a part of the configuration, in one fixed spelling."""
+    plain = value.model_dump(mode="json") if isinstance(value, BaseModel) else value
+    return hashlib.sha256(json.dumps(plain, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def difference(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """The settings in which two recipes differ, a line each."""
+    keys = sorted(old.keys() | new.keys())
+    return [f"{key}: {old.get(key)!r} → {new.get(key)!r}" for key in keys if old.get(key) != new.get(key)]

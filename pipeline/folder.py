@@ -1,0 +1,181 @@
+"""From what the user names (folder, glob, one file, CSV) to the slides that are meant, each with its identity.
+
+The identity is the path relative to what was given: two `a.svs` in two folders never meet.
+"""
+
+import glob as globbing
+import os
+import re
+import stat
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from .errors import UsageError
+from .outcome import Outcome
+from .readers import sniff
+from .tables import read_table
+
+EXTENSIONS = frozenset(
+    [
+        ".svs",
+        ".tif",
+        ".tiff",
+        ".ndpi",
+        ".mrxs",
+        ".scn",
+        ".svslide",
+        ".bif",
+        ".vms",
+        ".vmu",
+        ".dcm",
+        ".dicom",
+        ".czi",
+        ".vsi",
+        ".ets",
+        ".qptiff",
+        ".btf",
+        ".isyntax",
+        ".jp2",
+        ".png",
+        ".jpg",
+        ".jpeg",
+    ]
+)
+ARCHIVES = frozenset([".gz", ".bz2", ".xz", ".zst", ".zip"])  # a packed slide is told, not passed over
+
+
+@dataclass(frozen=True)
+class Folder:
+    """What was found: `root` is what names are relative to; `skipped` are rows for files that are parts of a slide."""
+
+    root: Path
+    files: dict[str, Path]
+    skipped: tuple[Outcome, ...] = ()
+
+
+def find_slides(source: str | Path, out: Path | None = None) -> Folder:
+    """The slides of a folder, a glob, a CSV with a column `slide`, or one file. Raises UsageError if there are none."""
+    text = os.fspath(source)
+    if os.path.isdir(text):
+        root = Path(os.path.abspath(text))
+        files = dict(sorted(_walk(root, out)))
+    elif os.path.lexists(text) and not text.lower().endswith(".csv"):
+        root, path = Path(os.path.abspath(text)).parent, Path(os.path.abspath(text))
+        files = {path.name: path}
+    elif text.lower().endswith(".csv"):
+        root, files = _from_csv(Path(text))
+    elif globbing.has_magic(text):
+        root, files = _from_glob(text)
+    else:
+        raise UsageError(f"{text}: there is no such file or folder")
+    if not files:
+        raise UsageError(f"{text}: no slide in it. Known are the extensions {' '.join(sorted(EXTENSIONS))}")
+    series = _series(files)
+    skipped = tuple(Outcome(name, "skipped", "open", message=f"part of {first}") for name, first in series.items())
+    return Folder(root, {name: path for name, path in files.items() if name not in series}, skipped)
+
+
+def _walk(root: Path, out: Path | None) -> Iterator[tuple[str, Path]]:
+    """Every candidate below root; each folder once, also where links run in circles."""
+    if not os.access(root, os.R_OK | os.X_OK):
+        raise UsageError(f"{root}: no permission to list this folder")
+    seen = set()
+    for folder, names, files in os.walk(root, followlinks=True):
+        here = os.stat(folder)
+        if (here.st_dev, here.st_ino) in seen:
+            names[:] = []
+            continue
+        seen.add((here.st_dev, here.st_ino))
+        parts = _parts(Path(folder), files)
+        stems = {os.path.splitext(name)[0] for name in files if name.lower().endswith(".mrxs")}
+        names[:] = sorted(
+            n for n in names if not _is_ours(Path(folder, n), out) and n not in stems and not n.startswith(".")
+        )
+        for name in sorted(files):
+            path = Path(folder, name)
+            if name not in parts and is_candidate(path):
+                yield os.path.relpath(path, root), path
+
+
+def _is_ours(folder: Path, out: Path | None) -> bool:
+    return folder.suffix == ".zarr" or (out is not None and Path(os.path.abspath(folder)) == out)
+
+
+def _parts(folder: Path, files: list[str]) -> set[str]:
+    """The files that a Hamamatsu VMS or VMU index names: its pixels, not slides of their own."""
+    parts: set[str] = set()
+    for name in files:
+        if name.lower().endswith((".vms", ".vmu")):
+            text = Path(folder, name).read_text(encoding="latin-1")
+            parts |= {value.strip() for value in re.findall(r"=(.+\.(?:jpg|ngr|opt))\s*$", text, re.MULTILINE)}
+    return parts
+
+
+def is_candidate(path: Path) -> bool:
+    """A file of known extension, or a regular file of known first bytes. Folders never are; no FIFO is opened."""
+    if path.name.startswith("."):
+        return False
+    try:
+        mode = os.stat(path).st_mode
+    except OSError:
+        return path.suffix.lower() in EXTENSIONS  # a dangling or looping link: said, not passed over
+    if not stat.S_ISREG(mode):
+        return False
+    suffixes = [suffix.lower() for suffix in path.suffixes[-2:]]
+    if suffixes and (suffixes[-1] in EXTENSIONS or (suffixes[-1] in ARCHIVES and suffixes[0] in EXTENSIONS)):
+        return True
+    return not path.suffix and bool(sniff(_head(path)))
+
+
+def _head(path: Path) -> bytes:
+    try:
+        with open(path, "rb") as file:
+            return file.read(132)
+    except OSError:
+        return b""
+
+
+def _from_glob(pattern: str) -> tuple[Path, dict[str, Path]]:
+    fixed = Path(os.path.abspath(re.split(r"[*?\[]", pattern, maxsplit=1)[0] + "x")).parent
+    found = (Path(os.path.abspath(name)) for name in globbing.glob(pattern, recursive=True))
+    return fixed, {os.path.relpath(p, fixed): p for p in sorted(found) if is_candidate(p)}
+
+
+def _from_csv(table: Path) -> tuple[Path, dict[str, Path]]:
+    root = Path(os.path.abspath(table)).parent
+    files: dict[str, Path] = {}
+    for row in read_table(table):
+        path = Path(os.path.abspath(root / row["slide"]))
+        name = os.path.relpath(path, root)
+        if name.startswith(".."):
+            raise UsageError(
+                f"{table}: {row['slide']!r} lies outside the table's folder; put the table above its slides"
+            )
+        if name in files:
+            raise UsageError(f"{table}: {row['slide']!r} stands in it twice")
+        files[name] = path
+    return root, files
+
+
+def _series(files: dict[str, Path]) -> dict[str, str]:
+    """DICOM files that belong to the series of an earlier one → the name of that one: a series is one slide."""
+    dicom = [name for name, path in files.items() if _is_dicom(path)]
+    if len(dicom) < 2:
+        return {}
+    from .readers.openslide import series
+
+    first: dict[str, str] = {}
+    members: dict[str, str] = {}
+    for name in dicom:
+        uid = series(files[name])
+        if uid is not None and first.setdefault(uid, name) != name:
+            members[name] = first[uid]
+    return members
+
+
+def _is_dicom(path: Path) -> bool:
+    try:
+        return stat.S_ISREG(os.stat(path).st_mode) and _head(path)[128:132] == b"DICM"
+    except OSError:
+        return False

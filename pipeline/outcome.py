@@ -1,0 +1,106 @@
+"""What became of each slide: one row, one table, `slides.csv`."""
+
+import csv
+import os
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+
+from .errors import SlideError
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One slide's row. status: done, empty, failed or skipped; `message` is the cause, or a done one's warnings."""
+
+    slide: str
+    status: str
+    stage: str = ""
+    error: str = ""
+    message: str = ""
+    mpp: float | None = None
+    mpp_source: str = ""
+    reader: str = ""
+    width: int | None = None
+    height: int | None = None
+    tissue_mm2: float | None = None
+    tiles: int | None = None
+    seconds: float | None = None
+    bound_by: str = ""
+
+    @property
+    def ok(self) -> bool:
+        return self.status in ("done", "empty")
+
+    def after(self, seconds: float, bound_by: str = "") -> "Outcome":
+        return replace(self, seconds=round((self.seconds or 0) + seconds, 3), bound_by=bound_by or self.bound_by)
+
+
+COLUMNS = tuple(field.name for field in fields(Outcome))
+
+
+def failed(slide: str, error: SlideError) -> Outcome:
+    """The row of a slide that is at fault; its path on this machine is told as the slide's name in the table."""
+    message = " ".join(error.reason.replace(error.path, slide).split())
+    return Outcome(slide, "failed", error.stage, type(error).__name__, message)
+
+
+def write_outcomes(path: Path, outcomes: Iterable[Outcome]) -> None:
+    """The table, sorted by slide, in one step: whoever reads it sees the old or the new one, never half of it."""
+    part = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    with open(part, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        for outcome in sorted(outcomes, key=lambda o: o.slide):
+            writer.writerow({name: _cell(value) for name, value in asdict(outcome).items()})
+    os.replace(part, path)
+
+
+def _cell(value: object) -> object:
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    return "" if value is None else value
+
+
+def read_outcomes(path: Path) -> list[Outcome]:
+    """The rows of a slides.csv; none if there is no such file."""
+    if not path.exists():
+        return []
+    kinds = {"mpp": float, "tissue_mm2": float, "seconds": float, "width": int, "height": int, "tiles": int}
+    rows = []
+    with open(path, newline="", encoding="utf-8", errors="surrogateescape") as file:
+        for row in csv.DictReader(file):
+            cells = {
+                name: (kinds[name](row[name]) if row[name] else None) if name in kinds else row[name]
+                for name in COLUMNS
+            }
+            rows.append(Outcome(**cells))  # type: ignore[arg-type]
+    return rows
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a run did: a row per slide, tiles encoded now, seconds."""
+
+    outcomes: tuple[Outcome, ...]
+    tiles_encoded: int = 0
+    seconds: float = 0.0
+    interrupted: bool = False
+
+    @property
+    def counts(self) -> dict[str, int]:
+        return dict(Counter(outcome.status for outcome in self.outcomes))
+
+    @property
+    def failures(self) -> list[Outcome]:
+        return [outcome for outcome in self.outcomes if outcome.status == "failed"]
+
+    @property
+    def exit_code(self) -> int:
+        """0 all done (`empty` is a success), 2 nothing succeeded, 3 some failed, 130 interrupted."""
+        if self.interrupted:
+            return 130
+        if not self.failures:
+            return 0
+        return 3 if any(outcome.ok for outcome in self.outcomes) else 2

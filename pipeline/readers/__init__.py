@@ -1,0 +1,154 @@
+"""Opening a slide: which reader, what it may not be, and what its resolution is.
+
+A reader is a module of this folder that defines `open(path) -> Slide`; adding one is one new file.
+"""
+
+import errno
+import os
+import stat
+from importlib import import_module
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from ..errors import MACHINE_ERRNOS, UnreadableSlide, UsageError, nearest, slide_door
+from ..scale import resolve_scale
+from ..slide import Slide
+from .tiffcheck import structure_fault
+
+# `auto` tries them in this order. OpenSlide first: it knows most formats and is strict about damaged tiles.
+READERS = ("openslide", "tiffslide", "image")
+
+TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+FORMATS: tuple[tuple[bytes, str], ...] = (
+    *((magic, "TIFF") for magic in TIFF_MAGIC),
+    (b"\x89PNG", "PNG"),
+    (b"\xff\xd8\xff", "JPEG"),
+    (b"\0\0\0\x0cjP  ", "JPEG 2000"),
+    (b"\xff\x4f\xff\x51", "JPEG 2000"),
+    (b"ZISRAWFILE", "Zeiss CZI"),
+    (b"SIS\0", "Olympus ETS, the pixels of a VSI slide"),
+)
+NOT_SLIDES: tuple[tuple[bytes, str], ...] = (
+    (b"version https://git-lfs", "a git-lfs pointer; fetch the slide itself with `git lfs pull`"),
+    (b"<!DOCTYPE", "an HTML page, probably of a failed download"),
+    (b"<html", "an HTML page, probably of a failed download"),
+    (b"PK\x03\x04", "a ZIP archive; unpack it"),
+    (b"\x1f\x8b", "a gzip archive; unpack it"),
+)
+
+
+def sniff(head: bytes) -> str:
+    """The format that the first 132 bytes announce, "" if unknown."""
+    if head[128:132] == b"DICM":
+        return "DICOM"
+    return next((name for magic, name in FORMATS if head.startswith(magic)), "")
+
+
+def open_slide(
+    path: str | Path | np.ndarray, mpp: float | None = None, reader: str = "auto", mpp_source: str = "argument"
+) -> Slide:
+    """Open a slide, or an (H, W, 3) uint8 array as one.
+
+    mpp: µm per pixel of level 0, where the file does not say it or says it wrongly; reader: auto, openslide, tiffslide
+    or image. `slide.reader` is the one used and `slide.refusals` say why those before it refused.
+    Raises UnreadableSlide, MissingMpp; OSError where the machine and not the slide is at fault.
+    """
+    if isinstance(path, np.ndarray):
+        slide: Slide = _reader("image").ArraySlide(path)
+        slide.reader, slide.reader_version = "image", _reader("image").VERSION
+    else:
+        slide = _open_file(Path(os.path.abspath(path)), reader)
+    try:
+        scale = resolve_scale(str(path) if not isinstance(path, np.ndarray) else "array", slide.tags, mpp, mpp_source)
+    except BaseException:
+        slide.close()
+        raise
+    slide.mpp, slide.mpp_source = scale.mpp, scale.source
+    slide.warnings = (*slide.warnings, *scale.warnings)
+    return slide
+
+
+def _reader(name: str):  # type: ignore[no-untyped-def]  # a module
+    if name not in READERS:
+        raise UsageError(nearest(name, ["auto", *READERS], "reader"))
+    return import_module(f".{name}", __name__)
+
+
+def _open_file(path: Path, requested: str) -> Slide:
+    with _regular_file(path) as file:
+        head = file.read(132)
+        file.seek(0)
+        kind = sniff(head)
+        _refuse_impostor(path, head, kind)
+        if kind == "TIFF":
+            with slide_door(str(path), "open"):
+                fault = structure_fault(file)
+            if fault:
+                raise UnreadableSlide(str(path), "open", fault)
+    refusals: list[str] = []
+    for name in _in_order(kind) if requested == "auto" else (requested,):
+        module = _reader(name)
+        try:
+            with slide_door(str(path), "open"):
+                slide: Slide = module.open(path)
+        except UnreadableSlide as error:
+            refusals.append(f"{name}: {error.reason}")
+            continue
+        slide.reader, slide.reader_version, slide.refusals = name, module.VERSION, tuple(refusals)
+        slide.warnings = _name_warnings(path, kind)
+        return slide
+    raise UnreadableSlide(
+        str(path), "open", f"no reader here supports it ({kind or _describe(head)}). {' | '.join(refusals)}"
+    )
+
+
+def _in_order(kind: str) -> list[str]:
+    """The readers to try: OpenSlide knows formats that we do not, the others are for what they are for."""
+    fit = {"openslide": True, "tiffslide": kind == "TIFF", "image": kind in ("PNG", "JPEG", "JPEG 2000")}
+    return [name for name in READERS if fit[name]]
+
+
+def _describe(head: bytes) -> str:
+    if all(byte in b"\t\n\r" or 32 <= byte < 127 for byte in head):
+        return "a text file"
+    return "unknown format, its first bytes are " + head[:4].hex(" ")
+
+
+def _regular_file(path: Path) -> BinaryIO:
+    """Open without following into a FIFO or device, and with the true reason where it fails: readers hide errno."""
+    try:
+        mode = os.stat(path).st_mode
+        if stat.S_ISDIR(mode):
+            raise UnreadableSlide(str(path), "open", "it is a directory")
+        if not stat.S_ISREG(mode):
+            raise UnreadableSlide(str(path), "open", "it is not a regular file")
+        if os.stat(path).st_size == 0:
+            raise UnreadableSlide(str(path), "open", "the file is empty (0 bytes)")
+        return open(path, "rb")
+    except OSError as error:
+        if error.errno in MACHINE_ERRNOS:
+            raise
+        words = {
+            errno.EACCES: "no permission to read it",
+            errno.ENOENT: "there is no such file",
+            errno.ELOOP: "a loop of links",
+        }
+        reason = words.get(error.errno or 0, error.strerror or str(error))
+        raise UnreadableSlide(str(path), "open", reason) from error
+
+
+def _refuse_impostor(path: Path, head: bytes, kind: str) -> None:
+    for magic, what in NOT_SLIDES:
+        if head.lstrip()[: len(magic)].lower() == magic.lower():
+            raise UnreadableSlide(str(path), "open", f"not a slide but {what}")
+
+
+def _name_warnings(path: Path, kind: str) -> tuple[str, ...]:
+    suffix = path.suffix.lower()
+    images = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".jp2": "JPEG 2000"}
+    slides = {".svs", ".tif", ".tiff", ".ndpi", ".scn", ".bif"}
+    if (suffix in images and kind != images[suffix]) or (suffix in slides and kind != "TIFF"):
+        return (f"its name ends in {suffix}, but its content is {kind or 'unknown'}",)
+    return ()

@@ -1,0 +1,57 @@
+"""Plain images (PNG, JPEG, JPEG 2000) and arrays as slides of one level, held in memory. Not rotated by EXIF."""
+
+import warnings
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from ..errors import UnreadableSlide
+from ..scale import ScaleTags
+from ..slide import Slide, make_levels
+
+MAX_PIXELS = 1 << 28  # 0.8 GB in memory; a kilobyte of PNG can declare more than any machine has
+FORMATS = ("PNG", "JPEG", "JPEG2000")
+VERSION = f"pillow {Image.__version__}"
+
+
+def open(path: Path) -> Slide:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # judged here, by a limit of our own
+        with Image.open(path, formats=FORMATS) as image:
+            width, height = image.size
+            if width * height > MAX_PIXELS:
+                raise UnreadableSlide(
+                    str(path),
+                    "open",
+                    f"{width} x {height} pixels are too many for a plain image; convert it to a pyramidal TIFF",
+                )
+            if image.mode in ("I", "F", "I;16"):
+                raise UnreadableSlide(str(path), "open", f"pixels of type {image.mode} are not supported")
+            rgba = image.convert("RGBA")
+    white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
+    return ArraySlide(np.asarray(Image.alpha_composite(white, rgba).convert("RGB")), path)
+
+
+class ArraySlide(Slide):
+    """(H, W, 3) uint8 RGB pixels as a slide."""
+
+    def __init__(self, pixels: np.ndarray, path: Path = Path("array")) -> None:
+        if pixels.ndim != 3 or pixels.shape[2] != 3 or pixels.dtype != np.uint8 or 0 in pixels.shape:
+            raise UnreadableSlide(str(path), "open", f"(H, W, 3) uint8 is needed, not {pixels.shape} {pixels.dtype}")
+        super().__init__(path, make_levels([(pixels.shape[1], pixels.shape[0])]), ScaleTags(), "image")
+        self._pixels = pixels
+
+    def read(self, x: float, y: float, level: int, width: int, height: int) -> np.ndarray:
+        left, top = round(x), round(y)
+        out = np.full((height, width, 3), 255, np.uint8)
+        rows = slice(max(top, 0), max(min(top + height, self.size[1]), 0))
+        columns = slice(max(left, 0), max(min(left + width, self.size[0]), 0))
+        part = self._pixels[rows, columns]
+        if part.size:
+            at_y, at_x = rows.start - top, columns.start - left
+            out[at_y : at_y + part.shape[0], at_x : at_x + part.shape[1]] = part
+        return out
+
+    def close(self) -> None:
+        pass

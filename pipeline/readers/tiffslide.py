@@ -1,0 +1,242 @@
+"""TIFF files whose tiles are decoded natively; TiffSlide reads their metadata, tifffile and imagecodecs their tiles.
+
+imagecodecs returns grey for a cut JPEG tile and black for a missing one, so each tile's bytes are checked before.
+"""
+
+import builtins
+import re
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tifffile
+import tiffslide as library
+
+from ..errors import CorruptTiles, UnreadableSlide
+from ..scale import ScaleTags, aperio_tags, resolution_tags
+from ..slide import Slide, make_levels
+from .tiffcheck import tile_fault
+
+CACHE_BYTES = 64 << 20  # of decoded tiles, for each open slide
+MAX_TILE_BYTES = 512 << 20
+VERSION = f"tiffslide {library.__version__}, tifffile {tifffile.__version__}"
+MINISWHITE, GREY, RGB, PALETTE, YCBCR = 0, 1, 2, 3, 6
+UNITS_UM = {"nm": 1e-3, "µm": 1.0, "um": 1.0, "mm": 1e3, "cm": 1e4, "m": 1e6}  # of OME-XML
+
+
+def open(path: Path) -> Slide:
+    return TiffSlideSlide(path)
+
+
+class TiffSlideSlide(Slide):
+    """`pages[level]` are the directories whose pixels make up a level: one, or one for each fluorescence channel."""
+
+    def __init__(self, path: Path) -> None:
+        # An open file and not a name: TiffSlide takes "::" in a name for a chain of addresses.
+        self._file = builtins.open(path, "rb")  # noqa: SIM115 - lives as long as the slide
+        try:
+            library_slide = library.TiffSlide(self._file)
+            tif = library_slide.ts_tifffile
+            self._pages = _level_pages(path, tif)
+            self._colours = _channel_colours(self._pages[0])
+            sizes = [(pages[0].imagewidth, pages[0].imagelength) for pages in self._pages]
+            properties = library_slide.properties
+            super().__init__(
+                path, make_levels(sizes), _scale_tags(properties, tif), properties.get("tiffslide.vendor") or "tiff"
+            )
+        except BaseException:
+            self._file.close()
+            raise
+        self._cache: OrderedDict[tuple[int, int, int], np.ndarray] = OrderedDict()
+        self._cached_bytes = 0
+
+    def read(self, x: float, y: float, level: int, width: int, height: int) -> np.ndarray:
+        scale = self.levels[level].downsample
+        left, top = round(x / scale[0]), round(y / scale[1])
+        planes = [
+            self._read_page(level, channel, left, top, width, height) for channel in range(len(self._pages[level]))
+        ]
+        if len(planes) == 1:
+            return planes[0]
+        mixed = sum(
+            np.multiply.outer(p[..., 0].astype(np.float32), c) for p, c in zip(planes, self._colours, strict=True)
+        )
+        return np.clip(np.rint(mixed), 0, 255).astype(np.uint8)
+
+    def _read_page(self, level: int, channel: int, left: int, top: int, width: int, height: int) -> np.ndarray:
+        """Paste the native tiles that overlap the region on white."""
+        page = self._pages[level][channel]
+        rows, columns = page.chunks[:2]
+        out = np.full((height, width, 3), 255 if len(self._pages[level]) == 1 else 0, np.uint8)
+        x1, y1 = min(left + width, page.imagewidth), min(top + height, page.imagelength)
+        for row in range(max(top, 0) // rows, -(-max(y1, 0) // rows)):
+            for column in range(max(left, 0) // columns, -(-max(x1, 0) // columns)):
+                tile = self._tile(level, channel, row * -(-page.imagewidth // columns) + column)
+                if tile is None:
+                    continue
+                ox, oy = column * columns, row * rows
+                sx, sy, ex, ey = max(left, ox), max(top, oy), min(x1, ox + tile.shape[1]), min(y1, oy + tile.shape[0])
+                if ex > sx and ey > sy:
+                    out[sy - top : ey - top, sx - left : ex - left] = tile[sy - oy : ey - oy, sx - ox : ex - ox]
+        return out
+
+    def _tile(self, level: int, channel: int, index: int) -> np.ndarray | None:
+        """One decoded tile as (h, w, 3) uint8, None if the file leaves it out (background)."""
+        key = (level, channel, index)
+        if key in self._cache:
+            self._cache.move_to_end(key)
+            return self._cache[key]
+        page = self._pages[level][channel]
+        count = page.databytecounts[index]
+        if count == 0:
+            return None
+        # Bytes first: page.decode reads tags on its first use, which moves the file's position.
+        self._file.seek(page.dataoffsets[index])
+        data = self._file.read(count)
+        fault = "it is cut" if len(data) < count else tile_fault(page, data)
+        if fault:
+            raise CorruptTiles(str(self.path), "encode", f"tile {index} of level {level} is damaged: {fault}")
+        self._remember(key, self._decode(page, data, level, index))
+        return self._cache[key]
+
+    def _decode(self, page: tifffile.TiffPage, data: bytes, level: int, index: int) -> np.ndarray:
+        try:
+            segment, _, shape = page.decode(data, index, jpegtables=page.jpegtables)
+        except Exception as error:
+            raise CorruptTiles(
+                str(self.path), "encode", f"tile {index} of level {level} does not decode: {error}"
+            ) from error
+        if segment is None:
+            raise CorruptTiles(str(self.path), "encode", f"tile {index} of level {level} is empty")
+        return to_rgb(segment[0, : shape[1], : shape[2]], page)
+
+    def _remember(self, key: tuple[int, int, int], tile: np.ndarray) -> None:
+        self._cache[key] = tile
+        self._cached_bytes += tile.nbytes
+        while self._cached_bytes > CACHE_BYTES and len(self._cache) > 1:
+            self._cached_bytes -= self._cache.popitem(last=False)[1].nbytes
+
+    def close(self) -> None:
+        self._cache.clear()
+        self._file.close()
+
+
+def to_rgb(tile: np.ndarray, page: tifffile.TiffPage) -> np.ndarray:
+    """(h, w, samples) of any supported pixel type → (h, w, 3) uint8; 16 bits are scaled, alpha is blended on white."""
+    if page.colormap is not None:
+        return (page.colormap.T[tile[..., 0]] >> 8).astype(np.uint8)
+    if tile.dtype == np.uint16:
+        full = (1 << page.bitspersample) - 1
+        tile = ((tile.astype(np.uint32) * 255 + full // 2) // full).astype(np.uint8)
+    elif page.bitspersample == 1:
+        tile = tile.astype(np.uint8) * np.uint8(255)
+    if page.photometric == MINISWHITE:
+        tile = 255 - tile
+    if tile.shape[-1] in (1, 2):
+        tile = np.concatenate([np.repeat(tile[..., :1], 3, axis=-1), tile[..., 1:]], axis=-1)
+    if tile.shape[-1] == 4:
+        alpha = tile[..., 3:].astype(np.uint16)
+        tile = ((tile[..., :3] * alpha + 255 * (255 - alpha) + 127) // 255).astype(np.uint8)
+    return np.ascontiguousarray(tile)
+
+
+def _level_pages(path: Path, tif: tifffile.TiffFile) -> list[list[tifffile.TiffPage]]:
+    """The directories of each level, finest first.
+
+    Found by what they are (same pixel type, same aspect, ever smaller, tiled as level 0 is), because tifffile takes
+    the second directory of an Aperio file for the thumbnail even where there is none.
+    """
+    series = tif.series[0]
+    if series.axes == "CYX" and len(series.pages) == series.shape[0]:
+        levels = [[page.aspage() for page in level.pages if page is not None] for level in series.levels]
+        for page in levels[0]:
+            _refuse_unsupported(path, page, series.axes)
+        return levels
+    base = series.keyframe
+    _refuse_unsupported(path, base, series.axes)
+    if not base.is_tiled:
+        return [[base]]
+    candidates = [page for page in (*tif.pages, *_sub_pages(base)) if isinstance(page, tifffile.TiffPage)]
+    levels = [[base]]
+    for page in sorted((p for p in candidates if _is_level_of(p, base)), key=lambda p: -p.imagewidth):
+        if page.imagewidth < levels[-1][0].imagewidth:
+            levels.append([page])
+    return levels
+
+
+def _sub_pages(page: tifffile.TiffPage) -> list[Any]:
+    return list(page.pages) if page.subifds and page.pages is not None else []  # OME-TIFF keeps its pyramid there
+
+
+def _is_level_of(page: tifffile.TiffPage, base: tifffile.TiffPage) -> bool:
+    same = ("bitspersample", "samplesperpixel", "planarconfig", "photometric")
+    if (
+        page.imagewidth >= base.imagewidth
+        or not page.is_tiled
+        or any(getattr(page, n) != getattr(base, n) for n in same)
+    ):
+        return False
+    return abs(page.imagewidth / base.imagewidth * base.imagelength - page.imagelength) <= 2
+
+
+def _refuse_unsupported(path: Path, page: tifffile.TiffPage, axes: str) -> None:
+    bits, samples = page.bitspersample, page.samplesperpixel
+    fault = ""
+    if axes not in ("YXS", "YX", "CYX") or page.planarconfig != 1:
+        fault = f"its pixels are laid out as {axes} (a stack or separate planes), not as one colour image"
+    elif page.photometric not in (MINISWHITE, GREY, RGB, PALETTE, YCBCR) or samples > 4:
+        fault = f"its colours are coded as {getattr(page.photometric, 'name', page.photometric)} with {samples} samples"
+    elif (
+        page.dtype is None
+        or page.dtype.kind not in "ub"
+        or bits not in (1, 8, 16)
+        or (page.photometric == PALETTE and bits > 8)
+    ):
+        fault = f"its pixels are {page.dtype} of {bits} bits"
+    elif int(np.prod(page.chunks)) * page.dtype.itemsize > MAX_TILE_BYTES:
+        fault = f"its tiles of {page.chunks} pixels are too large to decode at once"
+    if fault:
+        raise UnreadableSlide(str(path), "open", f"{fault}, which is not supported")
+
+
+def _channel_colours(pages: list[tifffile.TiffPage]) -> list[np.ndarray]:
+    """The display colour of each channel as RGB weights: what the file says (PerkinElmer), else red, green, blue."""
+    colours = []
+    for number, page in enumerate(pages):
+        said = re.search(r"<Color>(\d+),(\d+),(\d+)</Color>", page.description)
+        fallback = np.eye(3, dtype=np.float32)[number % 3]
+        colours.append(np.array(said.groups(), np.float32) / 255 if said else fallback)
+    return colours
+
+
+def _scale_tags(properties: Any, tif: tifffile.TiffFile) -> ScaleTags:
+    objective = properties.get("tiffslide.objective-power")
+    objective = None if objective is None else str(objective)
+    if properties.get("tiffslide.vendor") == "aperio":
+        description = tif.pages.first.description
+        mpp = re.search(r"\|\s*MPP\s*=\s*([^|\s]+)", description)
+        return aperio_tags(mpp.group(1) if mpp else None, objective, description)
+    if tif.ome_metadata and (said := _ome_mpp(tif.ome_metadata)):
+        return ScaleTags(*said, "OME-XML PhysicalSize", objective)
+    x, y = (properties.get(f"tiffslide.mpp-{axis}") for axis in "xy")
+    return resolution_tags(None if x is None else str(x), None if y is None else str(y), objective)
+
+
+def _ome_mpp(xml: str) -> tuple[str, str] | None:
+    """PhysicalSizeX and Y of the first image in µm, as text; None where they are missing or in no unit of length."""
+    pixels = re.search(r"<(?:\w+:)?Pixels\b[^>]*>", xml)
+    if not pixels:
+        return None
+    found = []
+    for axis in "XY":
+        size = re.search(rf'PhysicalSize{axis}="([^"]+)"', pixels.group())
+        unit = re.search(rf'PhysicalSize{axis}Unit="([^"]+)"', pixels.group())
+        factor = UNITS_UM.get(unit.group(1) if unit else "µm")
+        if not size or factor is None:
+            return None
+        try:
+            found.append(f"{float(size.group(1)) * factor:.10g}")
+        except ValueError:
+            found.append(size.group(1))  # not a number: said where the scale is resolved
+    return found[0], found[1]

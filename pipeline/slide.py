@@ -1,0 +1,211 @@
+"""A slide: levels of pixels and one number, the µm per pixel of level 0, with the evidence for it.
+
+Positions are (x, y) in level-0 pixels from the image origin, sizes are (width, height), images are (H, W, 3) uint8 RGB.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from types import TracebackType
+from typing import NamedTuple, Self
+
+import cv2
+import numpy as np
+from scipy import sparse
+
+from .errors import CorruptTiles
+from .scale import ScaleTags
+
+READ_PX = 4096  # the longest edge that is read at once: bounds memory to 50 MB a read
+
+
+class Box(NamedTuple):
+    """A rectangle in level-0 pixels; the edges may lie between pixels."""
+
+    x: float
+    y: float
+    width: float
+    height: float
+
+
+class Level(NamedTuple):
+    """One resolution of the file; `downsample` is level-0 pixels per pixel of this level, (x, y)."""
+
+    width: int
+    height: int
+    downsample: tuple[float, float]
+
+
+class Slide(ABC):
+    """An open slide. Readers subclass it and implement `read`; everything else is derived.
+
+    `mpp` and `mpp_source` are set by `readers.open_slide`, which decides what counts as evidence.
+    """
+
+    mpp: float
+    mpp_source: str
+
+    def __init__(
+        self, path: Path, levels: list[Level], tags: ScaleTags, vendor: str, bounds: Box | None = None
+    ) -> None:
+        self.path = path
+        self.levels = levels
+        self.tags = tags
+        self.vendor = vendor
+        self.bounds = bounds  # the scanned part, where the format has one
+        self.reader = ""
+        self.reader_version = ""
+        self.refusals: tuple[str, ...] = ()  # why the readers that were tried before this one refused
+        self.warnings: tuple[str, ...] = ()
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(width, height) of level 0 in pixels."""
+        return self.levels[0].width, self.levels[0].height
+
+    @abstractmethod
+    def read(self, x: float, y: float, level: int, width: int, height: int) -> np.ndarray:
+        """(height, width, 3) uint8 of `level`, with its upper-left corner at (x, y).
+
+        The corner is given in level-0 pixels and rounded to the grid of the level; the size is in pixels of the level.
+        Outside the slide is white, alpha is blended on white. Raises CorruptTiles where pixels cannot be decoded;
+        nothing is ever made up in their place.
+        """
+
+    @abstractmethod
+    def close(self) -> None:
+        """Release the file."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def make_levels(sizes: list[tuple[int, int]]) -> list[Level]:
+    """Levels from their sizes, finest first.
+
+    A downsample that is an integer up to rounding of the size is that integer: 2967 → 741 is 4 and not 4.004, which
+    would misplace the last row by three pixels.
+    """
+    (width, height), levels = sizes[0], []
+    for w, h in sizes:
+        factor = round(width / w)
+        rounded = all(big // factor <= small <= -(-big // factor) for big, small in ((width, w), (height, h)))
+        levels.append(Level(w, h, (float(factor), float(factor)) if rounded else (width / w, height / h)))
+    return levels
+
+
+def source_level(slide: Slide, mpp: float) -> int:
+    """The coarsest level that is at least as fine as `mpp` (1 % of tolerance), else level 0."""
+    fit = [i for i, level in enumerate(slide.levels) if slide.mpp * max(level.downsample) <= mpp * 1.01]
+    return max(fit, key=lambda i: slide.levels[i].downsample, default=0)
+
+
+def read_box(slide: Slide, box: Box, shape: tuple[int, int], level: int) -> np.ndarray:
+    """(height, width, 3) float32: the area means of `level` over `shape` = (width, height) equal cells of `box`.
+
+    The box need not lie on pixel borders: a pixel that is cut counts by the part inside. Raises CorruptTiles.
+    """
+    scale = slide.levels[level].downsample
+    left, top = box.x / scale[0], box.y / scale[1]
+    columns, x0 = _area_weights(left % 1, box.width / scale[0], shape[0])
+    rows, y0 = _area_weights(top % 1, box.height / scale[1], shape[1])
+    x0, y0 = x0 + math.floor(left), y0 + math.floor(top)
+    pixels = slide.read(x0 * scale[0], y0 * scale[1], level, columns.shape[1], rows.shape[1])
+    return _area_mean(pixels, columns, rows)
+
+
+def _area_mean(pixels: np.ndarray, columns: sparse.csr_array, rows: sparse.csr_array) -> np.ndarray:
+    (out_h, in_h), (out_w, in_w) = rows.shape, columns.shape
+    factor = in_w / out_w
+    if factor == in_h / out_h == int(factor) and columns.nnz == in_w and rows.nnz == in_h:
+        if factor == 1:
+            return pixels.astype(np.float32)
+        return cv2.resize(pixels.astype(np.float32), (out_w, out_h), interpolation=cv2.INTER_AREA)
+    down = (rows @ pixels.reshape(in_h, in_w * 3).astype(np.float32)).reshape(out_h, in_w, 3)
+    across = columns @ np.ascontiguousarray(down.transpose(1, 0, 2)).reshape(in_w, out_h * 3)
+    return np.ascontiguousarray(across.reshape(out_w, out_h, 3).transpose(1, 0, 2))
+
+
+@lru_cache(maxsize=512)
+def _area_weights(start: float, length: float, cells: int) -> tuple[sparse.csr_array, int]:
+    """(cells, pixels) weights that average pixels over equal cells of [start, start + length), and the first pixel.
+
+    An edge within a thousandth of a pixel of a pixel border is on it: the drift of floats must not widen a read.
+    """
+    edges = start + np.arange(cells + 1) * (length / cells)
+    edges = np.where(np.abs(edges - np.rint(edges)) < 1e-3, np.rint(edges), edges)
+    first, last = math.floor(edges[0]), math.ceil(edges[-1])
+    borders = np.arange(first, last + 1, dtype=float)
+    cuts = np.union1d(edges, borders)
+    cuts = cuts[(cuts >= edges[0]) & (cuts <= edges[-1])]
+    middle = (cuts[:-1] + cuts[1:]) / 2
+    cell = np.clip(np.searchsorted(edges, middle, side="right") - 1, 0, cells - 1)
+    pixel = np.floor(middle).astype(int) - first
+    weight = np.diff(cuts) / np.diff(edges)[cell]
+    return sparse.csr_array((weight.astype(np.float32), (cell, pixel)), shape=(cells, last - first)), first
+
+
+@dataclass(frozen=True)
+class Thumbnail:
+    """rgb (h, w, 3) uint8; downsample = level-0 px per thumbnail px (x, y); unreadable (h, w) bool."""
+
+    rgb: np.ndarray
+    downsample: tuple[float, float]
+    mpp: float
+    unreadable: np.ndarray
+
+
+def thumbnail(slide: Slide, mpp: float, min_px: int = 64) -> Thumbnail:
+    """The whole slide at about `mpp`, finer where its short side would have less than `min_px` pixels.
+
+    Read in blocks, so that a slide of one huge level costs time but not memory.
+    """
+    factor = max(1.0, min(mpp / slide.mpp, min(slide.size) / min_px))
+    width, height = (max(1, round(side / factor)) for side in slide.size)
+    fx, fy = slide.size[0] / width, slide.size[1] / height
+    level = source_level(slide, slide.mpp * min(fx, fy))
+    step = max(1, int(READ_PX * max(slide.levels[level].downsample) / max(fx, fy)))
+    rgb = np.full((height, width, 3), 255, np.uint8)
+    unreadable = np.zeros((height, width), bool)
+    for y in range(0, height, step):
+        for x in range(0, width, step):
+            w, h = min(step, width - x), min(step, height - y)
+            try:
+                part = read_box(slide, Box(x * fx, y * fy, w * fx, h * fy), (w, h), level)
+                rgb[y : y + h, x : x + w] = np.rint(part)
+            except CorruptTiles:
+                _salvage(slide, rgb, unreadable, (x, y, w, h), (fx, fy), level)
+    if unreadable.all():
+        raise CorruptTiles(str(slide.path), "segment", "none of its pixels can be decoded")
+    return Thumbnail(rgb, (fx, fy), slide.mpp * math.sqrt(fx * fy), unreadable)
+
+
+def _salvage(
+    slide: Slide,
+    rgb: np.ndarray,
+    unreadable: np.ndarray,
+    part: tuple[int, int, int, int],
+    scale: tuple[float, float],
+    level: int,
+) -> None:
+    """Read a damaged part again in quarters, down to about 64 pixels of the level, so that little else is lost."""
+    x, y, w, h = part
+    fx, fy = scale
+    try:
+        rgb[y : y + h, x : x + w] = np.rint(read_box(slide, Box(x * fx, y * fy, w * fx, h * fy), (w, h), level))
+        return
+    except CorruptTiles:
+        if max(w, h) == 1 or max(w * fx, h * fy) <= 64 * max(slide.levels[level].downsample):
+            unreadable[y : y + h, x : x + w] = True
+            return
+    for dy, dh in ((0, h // 2), (h // 2, h - h // 2)):
+        for dx, dw in ((0, w // 2), (w // 2, w - w // 2)):
+            if dw and dh:
+                _salvage(slide, rgb, unreadable, (x + dx, y + dy, dw, dh), scale, level)
