@@ -165,15 +165,12 @@ class _State:
         self.saved = 0.0
         progress.start(len(files), len(todo))
 
-    def add(self, outcome: Outcome) -> None:
+    def add(self, outcome: Outcome, tiles: int = 0) -> None:
         self.known[outcome.slide] = outcome
+        self.tiles += tiles
         self.progress.slide(outcome)
         if time.time() - self.saved > 2:
             self.save()
-
-    def count(self, tiles: int) -> None:
-        self.tiles += tiles
-        self.progress.tiles(tiles)
 
     def rows(self) -> Iterator[Outcome]:
         yield from sorted(self.known.values(), key=lambda o: o.slide)
@@ -190,23 +187,25 @@ class _Job:
         self.out, self.root, self.recipe, self.run_id = out, root, recipe, run_id
 
 
-def _prepare_task(file: SlideFile, job: _Job) -> Outcome:
+def _prepare_task(file: SlideFile, job: _Job) -> tuple[Outcome, int]:
     require_current(job.out, job.run_id)
-    return prepare(file, job.recipe, job.out, job.root)
+    return prepare(file, job.recipe, job.out, job.root), 0
 
 
-def _encode_task(file: SlideFile, row: Outcome, job: _Job) -> Outcome:
-    worker = get_worker()
+def _encode_task(file: SlideFile, row: Outcome, job: _Job) -> tuple[Outcome, int]:
+    """The slide's row, and how many tiles were encoded for it now."""
+    worker, counts = get_worker(), []
 
-    def on_tiles(slide: str, count: int) -> None:
+    def on_tiles(count: int) -> None:
         require_current(job.out, job.run_id)
         worker.log_event(TOPIC, count)
+        counts.append(count)
 
     require_current(job.out, job.run_id)
     device = _device(worker.name)
     encoder = _worker_encoder(job.recipe.config, device)
     (outcome,) = encode([(file, row)], encoder, job.out, job.recipe, device, on_tiles)
-    return outcome
+    return outcome, sum(counts)
 
 
 @lru_cache(maxsize=1)
@@ -227,7 +226,7 @@ def _device(worker: object) -> str:
 
 def _drive(client: Client, todo: list[SlideFile], job: _Job, state: _State) -> bool:
     """Two tasks a slide, prepare and encode; a bounded number of slides in flight. True if the user interrupted."""
-    client.subscribe_topic(TOPIC, lambda event: state.count(event[1]))
+    client.subscribe_topic(TOPIC, lambda event: state.progress.tiles(event[1]))
     try:
         suspects = _pass(client, deque(todo), job, state, in_flight=2 * max(1, len(client.scheduler_info()["workers"])))
         # A worker's death makes suspects of all it held; tried again alone, only the culprit dies twice.
@@ -251,7 +250,7 @@ def _pass(client: Client, waiting: deque[SlideFile], job: _Job, state: _State, i
     completed = as_completed(loop=client.loop, raise_errors=False)
     suspects: list[SlideFile] = []
 
-    def submit(task: Callable[..., Outcome], file: SlideFile, *args: Any, **options: Any) -> None:
+    def submit(task: Callable[..., tuple[Outcome, int]], file: SlideFile, *args: Any, **options: Any) -> None:
         future = client.submit(task, file, *args, pure=False, retries=0, **options)
         live[future] = file
         completed.add(future)
@@ -259,26 +258,26 @@ def _pass(client: Client, waiting: deque[SlideFile], job: _Job, state: _State, i
     for _ in range(min(in_flight, len(waiting))):
         submit(_prepare_task, waiting.popleft(), job)
     for future in completed:
-        file, outcome = live.pop(future), _result(future)
-        if outcome is None:
+        file, result = live.pop(future), _result(future)
+        if result is None:
             suspects.append(file)
-        elif outcome.status == "ready":
-            submit(_encode_task, file, outcome, job, resources=resources, priority=1)
+        elif result[0].status == "ready":
+            submit(_encode_task, file, result[0], job, resources=resources, priority=1)
             continue
         else:
-            state.add(outcome)
+            state.add(*result)
         if waiting:
             submit(_prepare_task, waiting.popleft(), job)
     return suspects
 
 
-def _result(future: Future) -> Outcome | None:
-    """A task's row, None if its worker died. What is not a slide's fault is raised here."""
+def _result(future: Future) -> tuple[Outcome, int] | None:
+    """What a task returned, None if its worker died. What is not a slide's fault is raised here."""
     error = future.exception()
     if error is None:
-        outcome: Outcome = future.result()
+        result: tuple[Outcome, int] = future.result()
         future.release()
-        return outcome
+        return result
     if isinstance(error, KilledWorker):
         return None
     if isinstance(error, RunStopped | UsageError):

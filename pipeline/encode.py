@@ -56,6 +56,7 @@ class _Batch:
 
     encoder: Encoder
     pad: bool
+    on_tiles: Callable[[int], None]
     tiles: list[tuple["_Rows", int, np.ndarray]] = field(default_factory=list)
 
     def flush(self) -> None:
@@ -75,6 +76,7 @@ class _Batch:
         for (rows, row, _), value in zip(live, values, strict=True):
             rows.encoding += share
             rows.put(row, value)
+        self.on_tiles(len(live))
 
 
 class _Rows:
@@ -153,13 +155,13 @@ def encode_slides(
     works: Iterable[Work],
     encoder: Encoder,
     device: str = "cpu",
-    on_tiles: Callable[[str, int], None] = lambda slide, n: None,
+    on_tiles: Callable[[int], None] = lambda count: None,
 ) -> Iterator[Encoded]:
     """Encode what each slide misses; yields a slide when its last chunk is written. `encoder` is loaded.
 
     A SlideError is that slide's result; RunStopped and errors of the machine go through.
     """
-    batch = _Batch(encoder, pad=device != "cpu")
+    batch = _Batch(encoder, device != "cpu", on_tiles)
     unfinished: list[_Rows] = []
     for work in works:
         rows = _Rows(work, encoder.facts.dim)
@@ -172,7 +174,6 @@ def encode_slides(
                 batch.tiles.append((rows, row, pixels))
                 if len(batch.tiles) == BATCH:
                     batch.flush()
-                    on_tiles(work.slide, BATCH)
             rows.read_all = True
         except SlideError as error:
             rows.error = error

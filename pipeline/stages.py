@@ -253,7 +253,7 @@ def encode(
     out: Path,
     recipe: Recipe,
     device: str = "cpu",
-    on_tiles: Callable[[str, int], None] = lambda slide, n: None,
+    on_tiles: Callable[[int], None] = lambda count: None,
 ) -> Iterator[Outcome]:
     """Encode prepared slides as they come; yields the row of each as it is finished, with status `done` or `failed`."""
     rows: dict[str, Outcome] = {}
