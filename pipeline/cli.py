@@ -9,7 +9,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
-import click
 import typer
 
 from .config import Config, EncodeConfig, TileConfig, TissueConfig, make_config
@@ -380,10 +379,10 @@ def main() -> None:
     sys.path.insert(0, os.getcwd())  # so that module:function finds what stands in the current folder
     try:
         code = app(standalone_mode=False)
-    except click.exceptions.Abort:
+    except typer.Abort:
         code = 130
-    except click.ClickException as error:
-        error.show()
+    except typer.TyperException as error:
+        error.show()  # type: ignore[attr-defined]
         code = 1
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -8,9 +8,9 @@ import hashlib
 import json
 import tomllib
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, ValidationError, field_validator, model_validator
 
 from .errors import UsageError, nearest
 
@@ -53,7 +53,7 @@ class TileConfig(Part):
     min_tissue: float = Field(0.1, ge=0, le=1, description="a finest tile needs this share of tissue")
     min_region_tissue: float = Field(0.0, ge=0, le=1, description="its coarsest ancestor needs this share of tissue")
     keep_background: bool = Field(False, description="keep all children of a kept root, also those without tissue")
-    encode_levels: Literal["all", "finest"] | tuple[float, ...] = Field(
+    encode_levels: Literal["all", "finest"] | Annotated[tuple[PositiveFloat, ...], Field(min_length=1)] = Field(
         "all", description="levels that get features: all, finest or their µm/px"
     )
     overlap: float = Field(0.0, ge=0, lt=0.95, description="share of a tile that the next one repeats (one level only)")
@@ -74,6 +74,15 @@ class TileConfig(Part):
     def _overlap_is_flat(self) -> Self:
         if self.overlap and self.levels > 1:
             raise ValueError("overlapping tiles do not nest: overlap needs levels = 1")
+        return self
+
+    @model_validator(mode="after")
+    def _levels_to_encode_exist(self) -> Self:
+        there = [self.mpp * 2**k for k in range(self.levels)]
+        for wish in () if self.tiler or isinstance(self.encode_levels, str) else self.encode_levels:
+            if not any(abs(mpp / wish - 1) < 0.01 for mpp in there):
+                known = ", ".join(f"{mpp:g}" for mpp in there)
+                raise ValueError(f"encode_levels: there is no level of {wish:g} µm/px; there are {known}")
         return self
 
 
@@ -115,10 +124,11 @@ def make_config(preset: str | None = None, file: str | Path | None = None, **set
     values: dict[str, Any] = {}
     if file is not None:
         values = read_toml(file)
-        preset = values.pop("preset", None) if preset is None else preset
+        own = values.pop("preset", None)
+        preset = own if preset is None else preset
     if preset is not None:
-        if preset not in PRESETS:
-            raise UsageError(nearest(preset, list(PRESETS), "preset"))
+        if str(preset) not in PRESETS:
+            raise UsageError(nearest(str(preset), list(PRESETS), "preset"))
         values = PRESETS[preset] | values
     values |= settings
     for key in values:

@@ -6,6 +6,7 @@ Positive slides have brown-stained nests in a few places; everything else is the
 
 import csv
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -36,8 +37,10 @@ def write_slide(
     height, width = pixels.shape[:2]
     head = f"Aperio Image Library v12.0\n{width}x{height} [0,0 {width}x{height}] ({tile_px}x{tile_px})"
     tags = f"|AppMag = {round(10 / mpp)}|MPP = {mpp:g}"
-    coding = {"compression": "deflate"} if lossless else {"compression": "jpeg", "compressionargs": {"level": quality}}
-    options = {"photometric": "rgb", "metadata": None, "software": False, **coding}
+    coding: dict[str, Any] = (
+        {"compression": "deflate"} if lossless else {"compression": "jpeg", "compressionargs": {"level": quality}}
+    )
+    options: dict[str, Any] = {"photometric": "rgb", "metadata": None, "software": False, **coding}
     path.parent.mkdir(parents=True, exist_ok=True)
     with tifffile.TiffWriter(path) as file:
         file.write(pixels, tile=(tile_px, tile_px), description=head + " JPEG/RGB" + tags, **options)

@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 
-from .errors import UnreadableSlide
+from .errors import slide_door
 
 BLOCK = 1 << 16
 BLOCKS = 32  # 2 MB are read; a file up to that size is read whole
@@ -24,17 +24,14 @@ def stamp(path: Path) -> tuple[int, int, int, int]:
 
 
 def fingerprint(path: Path) -> Fingerprint:
-    """sha256 of the size and of 32 blocks spread evenly over the file, head and tail included."""
-    try:
-        with open(path, "rb") as file:
-            info = os.fstat(file.fileno())
-            total = hashlib.sha256(str(info.st_size).encode())
-            if info.st_size <= BLOCK * BLOCKS:
-                total.update(file.read())
-            else:
-                for i in range(BLOCKS):
-                    file.seek((info.st_size - BLOCK) * i // (BLOCKS - 1))
-                    total.update(file.read(BLOCK))
-    except FileNotFoundError as error:
-        raise UnreadableSlide(str(path), "open", "there is no such file") from error
+    """sha256 of the size and of 32 blocks spread evenly over the file, head and tail included. Raises UnreadableSlide."""
+    with slide_door(str(path), "open"), open(path, "rb") as file:
+        info = os.fstat(file.fileno())
+        total = hashlib.sha256(str(info.st_size).encode())
+        if info.st_size <= BLOCK * BLOCKS:
+            total.update(file.read())
+        else:
+            for i in range(BLOCKS):
+                file.seek((info.st_size - BLOCK) * i // (BLOCKS - 1))
+                total.update(file.read(BLOCK))
     return Fingerprint(info.st_size, info.st_mtime_ns, total.hexdigest())

@@ -165,12 +165,15 @@ def _series(files: dict[str, Path]) -> dict[str, str]:
         return {}
     from .readers.openslide import series
 
-    first: dict[str, str] = {}
+    first: dict[str, tuple[str, str]] = {}
     members: dict[str, str] = {}
     for name in dicom:
-        uid = series(files[name])
-        if uid is not None and first.setdefault(uid, name) != name:
-            members[name] = first[uid]
+        ids = series(files[name])
+        if ids is None:
+            continue
+        head, instance = first.setdefault(ids[0], (name, ids[1]))
+        if head != name and instance != ids[1]:
+            members[name] = head
     return members
 
 

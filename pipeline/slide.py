@@ -58,6 +58,7 @@ class Slide(ABC):
         self.reader = ""
         self.reader_version = ""
         self.refusals: tuple[str, ...] = ()  # why the readers that were tried before this one refused
+        self.doubt = ""  # why another reader of the same file is to be preferred
         self.warnings: tuple[str, ...] = ()
 
     @property

@@ -339,12 +339,11 @@ class Features:
         return x.shape == (rows, dim) and valid.shape == (rows,) and x.dtype == np.dtype(dtype)
 
     def _open(self, name: str, mode: Any) -> zarr.Array:
-        return zarr.open_array(
-            LocalStore(self.path / name, read_only=mode == "r"),
-            mode=mode if mode == "r" else "r+",
-            zarr_format=3,
-            config={"write_empty_chunks": True},
-        )
+        # Set here: open_array ignores its `config`, and a chunk of zeros that is left out would look unfinished for ever.
+        with zarr.config.set({"array.write_empty_chunks": True}):
+            return zarr.open_array(
+                LocalStore(self.path / name, read_only=mode == "r"), mode=mode if mode == "r" else "r+", zarr_format=3
+            )
 
     @property
     def dtype(self) -> np.dtype:

@@ -17,7 +17,8 @@ from ..scale import resolve_scale
 from ..slide import Slide
 from .tiffcheck import structure_fault
 
-# `auto` tries them in this order. OpenSlide first: it knows most formats and is strict about damaged tiles.
+# `auto` tries them in this order. OpenSlide first: it knows most formats and is strict about damaged tiles. A reader
+# may say that it is in doubt about a file; then it serves only where the others do not find the same levels.
 READERS = ("openslide", "tiffslide", "image")
 
 TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
@@ -88,6 +89,7 @@ def _open_file(path: Path, requested: str) -> Slide:
             if fault:
                 raise UnreadableSlide(str(path), "open", fault)
     refusals: list[str] = []
+    doubted: Slide | None = None
     for name in _in_order(kind) if requested == "auto" else (requested,):
         module = _reader(name)
         try:
@@ -98,7 +100,18 @@ def _open_file(path: Path, requested: str) -> Slide:
             continue
         slide.reader, slide.reader_version, slide.refusals = name, module.VERSION, tuple(refusals)
         slide.warnings = _name_warnings(path, kind)
-        return slide
+        if doubted and slide.levels != doubted.levels:
+            slide.close()
+        elif slide.doubt:
+            refusals.append(f"{name}: {slide.doubt}")
+            doubted = slide
+        else:
+            if doubted:
+                doubted.close()
+            return slide
+    if doubted:
+        doubted.warnings = (*doubted.warnings, f"{doubted.reader}: {doubted.doubt}")
+        return doubted
     raise UnreadableSlide(
         str(path), "open", f"no reader here supports it ({kind or _describe(head)}). {' | '.join(refusals)}"
     )
@@ -111,6 +124,8 @@ def _in_order(kind: str) -> list[str]:
 
 
 def _describe(head: bytes) -> str:
+    if len(head) < 8:
+        return f"only {len(head)} bytes"
     if all(byte in b"\t\n\r" or 32 <= byte < 127 for byte in head):
         return "a text file"
     return "unknown format, its first bytes are " + head[:4].hex(" ")

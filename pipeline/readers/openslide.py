@@ -1,15 +1,18 @@
 """Every format that OpenSlide knows. It is strict about damaged tiles, so its word on them is taken."""
 
+import builtins
 from functools import cache
 from pathlib import Path
 
 import numpy as np
 import openslide as library
+import tifffile
 from PIL.Image import Image
 
-from ..errors import CorruptTiles
+from ..errors import CorruptTiles, UnreadableSlide
 from ..scale import GIVEN_RANGE, ScaleTags, aperio_tags, resolution_tags
 from ..slide import Box, Slide, make_levels
+from .tiffcheck import DEFLATE, JPEG_2000, WEBP
 
 CACHE_BYTES = 64 << 20  # one for all slides of a process; OpenSlide's default is one of 32 MB for every handle
 VERSION = f"openslide {library.__library_version__}"
@@ -20,17 +23,54 @@ def _shared_cache() -> library.OpenSlideCache:
     return library.OpenSlideCache(CACHE_BYTES)
 
 
+PLAIN_TIFF = ("aperio", "generic-tiff")  # one grid of tiles a level: TiffSlide reads these as well
+
+
 def open(path: Path) -> Slide:
-    return OpenSlideSlide(path)
+    slide = OpenSlideSlide(path)
+    if slide.vendor in PLAIN_TIFF:
+        slide.doubt = _doubt(path, slide)
+    return slide
 
 
-def series(path: Path) -> str | None:
-    """The id of the DICOM series that a file belongs to, None if it is none: one series is one slide."""
+def _doubt(path: Path, slide: "OpenSlideSlide") -> str:
+    """Where OpenSlide's own word on a TIFF file is not to be taken; refused where its pixels are certainly wrong."""
+    with builtins.open(path, "rb") as file, tifffile.TiffFile(file) as tif:
+        page = tif.pages.first
+        turned = page.tags[274].value if 274 in page.tags else 1
+    if turned != 1:
+        slide.close()
+        raise UnreadableSlide(str(path), "open", f"its orientation tag is {turned}: OpenSlide mirrors each tile")
+    if page.compression in DEFLATE:
+        return "it does not notice damaged deflate tiles"
+    # The native decoders of these do not notice damage, which is worse than a shift by a part of a pixel.
+    if slide.interpolated and page.compression not in (*JPEG_2000, *WEBP):
+        return f"it interpolates between the pixels of levels {slide.interpolated}"
+    return ""
+
+
+def series(path: Path) -> tuple[str, str] | None:
+    """The ids of a DICOM file's series and of the file itself, None if OpenSlide does not open it.
+
+    One series is one slide; two files with one id are copies and not two parts.
+    """
     try:
         with library.OpenSlide(path) as handle:
-            return handle.properties.get("dicom.SeriesInstanceUID")
+            uid = handle.properties.get("dicom.SeriesInstanceUID")
     except (library.OpenSlideError, OSError):
         return None
+    return (uid, _instance(path)) if uid else None
+
+
+def _instance(path: Path) -> str:
+    """MediaStorageSOPInstanceUID (0002,0003) of a DICOM file; OpenSlide tells only that of the whole slide."""
+    with builtins.open(path, "rb") as file:
+        head = file.read(4096)
+    at = head.find(b"\x02\x00\x03\x00UI", 132)
+    if at < 0:
+        return ""
+    length = int.from_bytes(head[at + 6 : at + 8], "little")
+    return head[at + 8 : at + 8 + length].rstrip(b"\0 ").decode("ascii", "replace")
 
 
 class OpenSlideSlide(Slide):
@@ -46,15 +86,29 @@ class OpenSlideSlide(Slide):
         )
         self._downsamples = self._handle.level_downsamples
 
+    @property
+    def interpolated(self) -> list[int]:
+        """The levels whose whole pixels have no whole position at level 0, where OpenSlide wants one."""
+        return [k for k, factor in enumerate(self._downsamples) if abs(factor - round(factor)) > 1e-9]
+
     def read(self, x: float, y: float, level: int, width: int, height: int) -> np.ndarray:
-        scale = self.levels[level].downsample
+        scale, (w, h) = self.levels[level].downsample, self.levels[level][:2]
+        left, top = round(x / scale[0]), round(y / scale[1])
+        out = np.full((height, width, 3), 255, np.uint8)
+        # What lies outside is not asked for: OpenSlide rounds negative positions to whole pixels of the level.
+        x0, y0, x1, y1 = max(left, 0), max(top, 0), min(left + width, w), min(top + height, h)
+        if x1 > x0 and y1 > y0:
+            out[y0 - top : y1 - top, x0 - left : x1 - left] = self._read_inside(x0, y0, level, (x1 - x0, y1 - y0))
+        return out
+
+    def _read_inside(self, x: int, y: int, level: int, size: tuple[int, int]) -> np.ndarray:
         # OpenSlide divides by a downsample of its own, so the position goes through this level's whole pixels.
         factor = self._downsamples[level]
-        corner = (round(round(x / scale[0]) * factor), round(round(y / scale[1]) * factor))
+        corner = (round(x * factor), round(y * factor))
         try:
-            image = self._handle.read_region(corner, level, (width, height))
+            image = self._handle.read_region(corner, level, size)
         except library.OpenSlideError:
-            image = self._read_again(corner, level, (width, height))
+            image = self._read_again(corner, level, size)
         return _on_white(np.asarray(image))
 
     def _read_again(self, corner: tuple[int, int], level: int, size: tuple[int, int]) -> Image:

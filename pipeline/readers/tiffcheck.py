@@ -4,6 +4,7 @@ Decoders hide damage: a cut JPEG tile decodes to grey, a lost directory to a sli
 here from the file's structure, for the price of reading its directories; single tiles are checked when they are read.
 """
 
+import logging
 import os
 import struct
 from typing import BinaryIO
@@ -11,8 +12,14 @@ from typing import BinaryIO
 import numpy as np
 import tifffile
 
+# What tifffile only logs about a damaged file is an error here, told once and with the slide's name.
+logging.getLogger("tifffile").setLevel(logging.CRITICAL)
+
 JPEG_LIKE = {6, 7, 33007, 34892}  # TIFF compression codes whose tiles are JPEG streams
 JPEG_2000 = {33003, 33005, 34712}
+APERIO_YCBCR = 33003
+WEBP = {34927, 50001}
+DEFLATE = {8, 32946}
 
 
 def structure_fault(file: BinaryIO) -> str:

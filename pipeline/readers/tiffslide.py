@@ -16,7 +16,7 @@ import tiffslide as library
 from ..errors import CorruptTiles, UnreadableSlide
 from ..scale import ScaleTags, aperio_tags, resolution_tags
 from ..slide import Slide, make_levels
-from .tiffcheck import tile_fault
+from .tiffcheck import APERIO_YCBCR, JPEG_LIKE, tile_fault
 
 CACHE_BYTES = 64 << 20  # of decoded tiles, for each open slide
 MAX_TILE_BYTES = 512 << 20
@@ -183,10 +183,14 @@ def _is_level_of(page: tifffile.TiffPage, base: tifffile.TiffPage) -> bool:
 def _refuse_unsupported(path: Path, page: tifffile.TiffPage, axes: str) -> None:
     bits, samples = page.bitspersample, page.samplesperpixel
     fault = ""
-    if axes not in ("YXS", "YX", "CYX") or page.planarconfig != 1:
+    if page.is_ndpi:
+        fault = "its tiles are pieces of one JPEG stream (NDPI)"
+    elif axes not in ("YXS", "YX", "CYX") or page.planarconfig != 1:
         fault = f"its pixels are laid out as {axes} (a stack or separate planes), not as one colour image"
     elif page.photometric not in (MINISWHITE, GREY, RGB, PALETTE, YCBCR) or samples > 4:
         fault = f"its colours are coded as {getattr(page.photometric, 'name', page.photometric)} with {samples} samples"
+    elif page.compression == APERIO_YCBCR or (page.photometric == YCBCR and page.compression not in JPEG_LIKE):
+        fault = "its colours are coded as YCbCr by another codec than JPEG, which is not converted"
     elif (
         page.dtype is None
         or page.dtype.kind not in "ub"
