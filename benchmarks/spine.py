@@ -37,7 +37,7 @@ def measure(name: str, slide: SlideFile, out: Path) -> dict[str, float | str]:
     config = make_config(encoder=name, weights=None if name == "lab_lbp" else "random")
     encoder = open_encoder(config).load()
     recipe = make_recipe(config, encoder)
-    row = prepare(slide, recipe, out, slide.path.parent)
+    row = prepare(slide, recipe, out)
     tree = BagStore(out).group(slide.name).tree()
     with open_slide(slide.path) as opened:
         started = time.perf_counter()

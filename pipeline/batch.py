@@ -115,7 +115,7 @@ def run(
         for note in notes:
             progress.note(note)
         if todo:
-            job = _Job(out, folder.root, recipe, run_id)
+            job = _Job(out, recipe, run_id)
             with _interruptible(), dask.config.set(DASK), _client(scheduler, workers, len(todo), todo) as client:
                 state.interrupted = _drive(client, todo, job, state)
         report = Report(tuple(state.rows()), state.tiles, time.time() - started, state.interrupted)
@@ -183,13 +183,13 @@ class _State:
 class _Job:
     """What every task needs to know; small, and sent with each."""
 
-    def __init__(self, out: Path, root: Path, recipe: Recipe, run_id: str) -> None:
-        self.out, self.root, self.recipe, self.run_id = out, root, recipe, run_id
+    def __init__(self, out: Path, recipe: Recipe, run_id: str) -> None:
+        self.out, self.recipe, self.run_id = out, recipe, run_id
 
 
 def _prepare_task(file: SlideFile, job: _Job) -> tuple[Outcome, int]:
     require_current(job.out, job.run_id)
-    return prepare(file, job.recipe, job.out, job.root), 0
+    return prepare(file, job.recipe, job.out), 0
 
 
 def _encode_task(file: SlideFile, row: Outcome, job: _Job) -> tuple[Outcome, int]:
@@ -378,8 +378,7 @@ def predict(source: str | Path, model: str | Path, out: str | Path | None = None
         return _predict_store(place, trained)
     progress = options.pop("progress", None)
     config = make_config(**trained.about["recipe"] | {k: options.pop(k) for k in ("weights",) if k in options})
-    made_of = make_recipe(config, _encoder_facts(config)).feature_hash
-    if made_of != trained.about["feature_hash"]:
+    if _encoder_facts(config).weights_sha256 != trained.about["weights_sha256"]:
         raise UsageError(f"{trained.name} was trained on features of other weights; pass the right file with --weights")
     made = run(source, place, config=config, progress=progress, **options)
     names = {outcome.slide for outcome in made.outcomes}

@@ -3,6 +3,7 @@
 import inspect
 import os
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable
@@ -359,17 +360,22 @@ def _tell(report: Any, out: Path) -> None:
 
 
 def _log_fault(error: BaseException) -> str:
-    """Where the traceback of a fault of ours was written: the output folder's logs, else the current folder."""
+    """Where the traceback of a fault was written: the output folder's logs, else here, else the temporary folder."""
     given = [sys.argv[i + 1] for i, arg in enumerate(sys.argv[:-1]) if arg in ("-o", "--out")]
     folders = (
         [Path(given[0]) / "logs"]
         if given
         else [Path(a) / "logs" for a in sys.argv[1:] if (Path(a) / "run.json").is_file()]
     )
-    folder = next((f for f in folders if f.is_dir() and os.access(f, os.W_OK)), Path.cwd())
-    path = folder / f"slidestream-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.log"
-    path.write_text(" ".join(sys.argv) + "\n" + "".join(traceback.format_exception(error)))
-    return str(path)
+    name = f"slidestream-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.log"
+    text = " ".join(sys.argv) + "\n" + "".join(traceback.format_exception(error))
+    for folder in (*(f for f in folders if f.is_dir()), Path.cwd(), Path(tempfile.gettempdir())):
+        try:
+            (folder / name).write_text(text, encoding="utf-8", errors="backslashreplace")
+            return str(folder / name)
+        except OSError:
+            continue  # read-only, or full: which may be the very fault
+    return f"the traceback, which no log could take:\n{text}"
 
 
 def main() -> None:
@@ -393,9 +399,7 @@ def main() -> None:
     except KeyboardInterrupt:
         code = 130
     except Exception as error:  # noqa: BLE001 - a fault of ours: one line here, the rest in a log
-        print(
-            f"stopped by a fault of slidestream: {error or type(error).__name__}; see {_log_fault(error)}",
-            file=sys.stderr,
-        )
+        words = " ".join(str(error).split()) or type(error).__name__
+        print(f"stopped by a fault of slidestream: {words}; see {_log_fault(error)}", file=sys.stderr)
         code = 4
     sys.exit(code if isinstance(code, int) else 0)

@@ -10,7 +10,16 @@ import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveFloat,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from .errors import UsageError, nearest
 
@@ -28,6 +37,13 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 class Part(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _truth_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
+        if isinstance(value, bool) and not isinstance(cls.model_fields[info.field_name or ""].default, bool):
+            raise ValueError("true and false are no values for it")
+        return value
 
 
 class TissueConfig(Part):
@@ -67,7 +83,10 @@ class TileConfig(Part):
     @classmethod
     def _one_or_more(cls, value: Any) -> Any:
         if isinstance(value, str) and value not in ("all", "finest"):
-            return tuple(float(part) for part in value.split(","))
+            try:
+                return tuple(float(part) for part in value.split(","))
+            except ValueError as error:
+                raise ValueError(f"{value!r} is neither all nor finest nor µm/px with commas between") from error
         return tuple(value) if isinstance(value, list) else value
 
     @model_validator(mode="after")

@@ -14,7 +14,7 @@ from .stages import versions
 
 
 def examine(encoder: str | None = None, weights: str | None = None) -> tuple[list[str], int]:
-    """The lines, and 1 if a run would fail here, else 0."""
+    """The lines, and the exit code: 1 if the asked encoder does not work here."""
     import torch
 
     free = shutil.disk_usage(Path.cwd()).free / 1e9

@@ -68,6 +68,6 @@ def save_png(path: Path, picture: np.ndarray) -> None:
     ok, data = cv2.imencode(".png", picture[..., ::-1])
     if not ok:
         raise ValueError(f"a picture of shape {picture.shape} cannot be coded as PNG")
-    part = path.with_name(f"{path.name[:200]}.{os.getpid()}.partial")
+    part = path.with_name(f"{os.fsdecode(os.fsencode(path.name)[:200])}.{os.getpid()}.partial")
     part.write_bytes(data.tobytes())
     os.replace(part, path)

@@ -24,7 +24,7 @@ def stamp(path: Path) -> tuple[int, int, int, int]:
 
 
 def fingerprint(path: Path) -> Fingerprint:
-    """sha256 of the size and of 32 blocks spread evenly over the file, head and tail included. Raises UnreadableSlide."""
+    """sha256 of the size and of 32 blocks spread evenly over the file, head and tail too. Raises UnreadableSlide."""
     with slide_door(str(path), "open"), open(path, "rb") as file:
         info = os.fstat(file.fileno())
         total = hashlib.sha256(str(info.st_size).encode())

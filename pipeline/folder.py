@@ -3,6 +3,7 @@
 The identity is the path relative to what was given: two `a.svs` in two folders never meet.
 """
 
+import errno
 import glob as globbing
 import os
 import re
@@ -56,10 +57,10 @@ class Folder:
 
 def find_slides(source: str | Path, out: Path | None = None) -> Folder:
     """The slides of a folder, a glob, a CSV with a column `slide`, or one file. Raises UsageError if there are none."""
-    text = os.fspath(source)
+    text, closed = os.fspath(source), list[str]()
     if os.path.isdir(text):
         root = Path(os.path.abspath(text))
-        files = dict(sorted(_walk(root, out)))
+        files = dict(sorted(_walk(root, out, closed)))
     elif os.path.lexists(text) and not text.lower().endswith(".csv"):
         root, path = Path(os.path.abspath(text)).parent, Path(os.path.abspath(text))
         files = {path.name: path}
@@ -72,21 +73,16 @@ def find_slides(source: str | Path, out: Path | None = None) -> Folder:
     if not files:
         raise UsageError(f"{text}: no slide in it. Known are the extensions {' '.join(sorted(EXTENSIONS))}")
     series = _series(files)
-    skipped = tuple(Outcome(name, "skipped", "open", message=f"part of {first}") for name, first in series.items())
-    return Folder(root, {name: path for name, path in files.items() if name not in series}, skipped)
+    skipped = [Outcome(name, "skipped", "open", message=f"part of {first}") for name, first in series.items()]
+    skipped += [Outcome(name, "skipped", "open", message="no permission to list this folder") for name in closed]
+    return Folder(root, {name: path for name, path in files.items() if name not in series}, tuple(skipped))
 
 
-def _walk(root: Path, out: Path | None) -> Iterator[tuple[str, Path]]:
-    """Every candidate below root; each folder once, also where links run in circles."""
+def _walk(root: Path, out: Path | None, closed: list[str]) -> Iterator[tuple[str, Path]]:
+    """Every candidate below root; `closed` gets the folders that may not be listed."""
     if not os.access(root, os.R_OK | os.X_OK):
         raise UsageError(f"{root}: no permission to list this folder")
-    seen = set()
-    for folder, names, files in os.walk(root, followlinks=True):
-        here = os.stat(folder)
-        if (here.st_dev, here.st_ino) in seen:
-            names[:] = []
-            continue
-        seen.add((here.st_dev, here.st_ino))
+    for folder, names, files in _folders(root, closed):
         parts = _parts(Path(folder), files)
         stems = {os.path.splitext(name)[0] for name in files if name.lower().endswith(".mrxs")}
         names[:] = sorted(
@@ -96,6 +92,29 @@ def _walk(root: Path, out: Path | None) -> Iterator[tuple[str, Path]]:
             path = Path(folder, name)
             if name not in parts and is_candidate(path):
                 yield os.path.relpath(path, root), path
+
+
+def _folders(root: str | Path, closed: list[str]) -> Iterator[tuple[str, list[str], list[str]]]:
+    """(folder, its folders, its files) of root and all below, as os.walk, each folder once.
+
+    Links are followed last: they may run in circles, and a folder keeps its own path where one leads to it as well.
+    """
+
+    def refused(error: OSError) -> None:
+        if error.errno != errno.EACCES:
+            raise UsageError(f"{error.filename}: {error.strerror}") from error
+        closed.append(os.path.relpath(error.filename, root))
+
+    seen, waiting = set(), [os.fspath(root)]
+    for start in waiting:
+        for folder, names, files in os.walk(start, onerror=refused):
+            here = os.stat(folder)
+            if (here.st_dev, here.st_ino) in seen:
+                names[:] = []
+                continue
+            seen.add((here.st_dev, here.st_ino))
+            yield folder, names, files
+            waiting += [path for name in names if os.path.islink(path := os.path.join(folder, name))]
 
 
 def _is_ours(folder: Path, out: Path | None) -> bool:
@@ -138,8 +157,21 @@ def _head(path: Path) -> bytes:
 
 def _from_glob(pattern: str) -> tuple[Path, dict[str, Path]]:
     fixed = Path(os.path.abspath(re.split(r"[*?\[]", pattern, maxsplit=1)[0] + "x")).parent
-    found = (Path(os.path.abspath(name)) for name in globbing.glob(pattern, recursive=True))
+    found = {Path(os.path.abspath(name)) for name in _expand(pattern)}
     return fixed, {os.path.relpath(p, fixed): p for p in sorted(found) if is_candidate(p)}
+
+
+def _expand(pattern: str) -> Iterator[str]:
+    """glob.glob, but a `**` takes each folder once: glob's own follows links that run in circles for hours."""
+    parts = pattern.split(os.sep)
+    if "**" not in parts:
+        yield from globbing.glob(pattern)
+        return
+    at = parts.index("**")
+    for start in globbing.glob(os.sep.join([*parts[:at], ""]) or os.curdir):
+        for folder, names, _ in _folders(start, []):
+            names[:] = sorted(name for name in names if not name.startswith("."))
+            yield from _expand(os.path.join(globbing.escape(folder), *(parts[at + 1 :] or ["*"])))
 
 
 def _from_csv(table: Path) -> tuple[Path, dict[str, Path]]:

@@ -25,10 +25,15 @@ NAME = ".lock"
 def locked(out: Path) -> Iterator[str]:
     """Hold OUT; yields the id of this run. Raises UsageError naming host and pid if another run holds it."""
     # Not inherited by child processes (PEP 446): a fork that outlives us would keep the lock.
-    handle = os.open(out / NAME, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        handle = os.open(out / NAME, os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise
+        raise UsageError(f"{out / NAME} cannot be written to: {error.strerror}") from error
     try:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _take(handle)
         except BlockingIOError as error:
             raise UsageError(
                 f"{out} is in use by {_holder(out)}; wait for it, or give another folder with -o"
@@ -49,6 +54,17 @@ def locked(out: Path) -> Iterator[str]:
         yield run
     finally:
         os.close(handle)
+
+
+def _take(handle: int) -> None:
+    """The lock, tried for half a second: `status` holds it for a moment to see whether it is free."""
+    for attempt in range(11):
+        try:
+            return fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if attempt == 10:
+                raise
+            time.sleep(0.05)
 
 
 def _read(out: Path) -> dict[str, object]:

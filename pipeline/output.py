@@ -6,6 +6,7 @@ import platform
 import shlex
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +81,6 @@ def write_run(out: Path, folder: Folder, recipe: Recipe) -> None:
             "weights": recipe.weights_words,
             "weights_sha256": recipe.weights_sha256,
             "weights_file": recipe.config.weights,
-            "feature_hash": recipe.feature_hash,
             "force_scale": recipe.config.force_scale,
         }
     }
@@ -119,6 +119,8 @@ def status_lines(out: Path) -> tuple[list[str], int]:
         "failed": len(faults),
     }
     holder = running(out)
+    mended = {row.slide for row in rows.values() if row.status == "failed"} - {row.slide for row in faults}
+    known = tuple(replace(row, status="done") if row.slide in mended else row for row in rows.values())
     lines = [
         f"slides of   {about['root']}",
         f"features    {', '.join(sorted(about['encoders']))}",
@@ -131,4 +133,4 @@ def status_lines(out: Path) -> tuple[list[str], int]:
         f"run         {'going on: ' + holder if holder else 'none is going on'}",
         *(f"failed      {row.slide}: {row.stage}: {row.message}" for row in faults),
     ]
-    return lines, Report(tuple(rows.values())).exit_code
+    return lines, Report(known).exit_code

@@ -74,7 +74,7 @@ def load_model(folder: Path) -> Model:
         about = json.loads((folder / "model.json").read_bytes())
         head = load_head(about["head"], about["dim"], len(about["classes"]), **about["options"])
         head.load_state_dict(load_file(folder / "model.safetensors"))
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         raise UsageError(f"{folder}: not a usable model: {' '.join(str(error).split())[:400]}") from error
     return Model(folder.name, head.eval(), about)
 
@@ -104,8 +104,9 @@ def predict_stored(store: BagStore, slide: str, model: Model) -> np.ndarray:
     Raises BrokenBag if its features are missing, damaged or not those that the model was trained on.
     """
     group = store.group(slide)
-    bag = store.bag(slide, matching_features(group, model))
+    key = matching_features(group, model)
     try:
+        bag = store.bag(slide, key)
         prediction = predict_slide(model, bag)
     except (BadBag, ValueError) as error:
         raise BrokenBag(slide, "predict", str(error)) from error

@@ -101,15 +101,17 @@ class QuadTree:
 
     def facts(self) -> dict[str, Any]:
         """Everything but the columns, as JSON."""
+        # Plain types, as the hash is over their text: 1, 1.0 and numpy's 1.0 are one µm per pixel.
         levels = [
-            {"mpp": m, "tile_px": self.tile_px, "span_px": s, "start": a, "stop": b} for m, s, a, b in self.scales
+            {"mpp": float(m), "tile_px": int(self.tile_px), "span_px": float(s), "start": int(a), "stop": int(b)}
+            for m, s, a, b in self.scales
         ]
         return {
             "levels": levels,
-            "origin": list(self.origin),
-            "overlap": self.overlap,
-            "regular": self.regular,
-            "encoded": list(self.encoded_levels),
+            "origin": [float(edge) for edge in self.origin],
+            "overlap": float(self.overlap),
+            "regular": bool(self.regular),
+            "encoded": [int(k) for k in self.encoded_levels],
         }
 
     @cached_property

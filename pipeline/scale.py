@@ -71,7 +71,7 @@ def resolve_scale(path: str, tags: ScaleTags, given: float | None = None, source
 
 
 def csv_line(path: str) -> str:
-    quoted = '"' + path.replace('"', '""') + '"' if any(c in path for c in ',"\n') else path
+    quoted = '"' + path.replace('"', '""') + '"' if any(c in path for c in ',"\n\r') else path
     return f"{quoted},<µm per pixel>"
 
 

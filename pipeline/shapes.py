@@ -5,7 +5,6 @@ import math
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 
 from .errors import UsageError
@@ -32,7 +31,7 @@ def _geojson(path: str | Path, text: str) -> list[Polygon]:
         found: list[Polygon] = []
         _collect(json.loads(text), found)
         return found
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise UsageError(f"{path}: not a GeoJSON file: {error}") from error
 
 
@@ -56,6 +55,8 @@ def _collect(node: Any, found: list[Polygon]) -> None:
 
 def _rings(rings: list[Any]) -> Polygon:
     outline, *holes = (np.asarray(ring, np.float64)[:, :2] for ring in rings)
+    if not all(np.isfinite(ring).all() for ring in (outline, *holes)):
+        raise ValueError("a coordinate is not a number")
     return outline, holes
 
 
@@ -82,20 +83,33 @@ def _asap(path: str | Path, text: str) -> list[Polygon]:
 
 
 def shapes_mask(shapes: list[Polygon], size: tuple[int, int], slide_mpp: float, cell_px: float) -> TissueMask:
-    """The inside of polygons as a mask of cells of about `cell_px` level-0 pixels; borders are drawn to 1/16 cell."""
+    """The inside of polygons as a mask of cells of about `cell_px` level-0 pixels: those whose centre is inside."""
     cell = max(cell_px, math.sqrt(size[0] * size[1] / MAX_CELLS))
     width, height = (max(1, math.ceil(side / cell)) for side in size)
     scale = np.array([width / size[0], height / size[1]])
-    image = np.zeros((height, width), np.uint8)
+    image = np.zeros((height, width), bool)
     for outline, holes in shapes:
-        one = np.zeros_like(image)
-        # fillPoly takes pixel centres for corners, hence the half; 4 fractional bits.
-        rings = [np.rint((ring * scale - 0.5) * 16).astype(np.int32) for ring in (outline, *holes)]
-        cv2.fillPoly(one, [rings[0]], 1, shift=4)
-        for hole in rings[1:]:
-            cv2.fillPoly(one, [hole], 0, shift=4)
-        image |= one
+        low, high = (np.clip(np.rint(edge(outline * scale, axis=0)), 0, (width, height)) for edge in (np.min, np.max))
+        (x, y), (right, bottom) = low.astype(int), high.astype(int)
+        one = _inside(outline * scale - low, (right - x, bottom - y))
+        for hole in holes:
+            one &= ~_inside(hole * scale - low, (right - x, bottom - y))
+        image[y:bottom, x:right] |= one
     downsample = (size[0] / width, size[1] / height)
-    return TissueMask(
-        image.astype(bool), downsample, slide_mpp * math.sqrt(downsample[0] * downsample[1]), "shapes", ()
-    )
+    return TissueMask(image, downsample, slide_mpp * math.sqrt(downsample[0] * downsample[1]), "shapes", ())
+
+
+def _inside(ring: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+    """(height, width) bool: the centres of these cells that a ring holds; `shape` is (width, height).
+
+    Every edge of the ring turns inside to outside, and back, right of where it crosses the centre line of a row.
+    """
+    width, height = shape
+    (x0, y0), (x1, y1) = ring.T, np.roll(ring, -1, axis=0).T
+    first, stop = (np.clip(np.ceil(edge(y0, y1) - 0.5), 0, height).astype(int) for edge in (np.minimum, np.maximum))
+    edge = np.repeat(np.arange(len(ring)), stop - first)
+    row = np.arange(len(edge)) - np.repeat(np.cumsum(stop - first) - stop, stop - first)
+    crossing = x0[edge] + (row + 0.5 - y0[edge]) * ((x1 - x0)[edge] / (y1 - y0)[edge])
+    turns = np.zeros((height, width + 1), bool)
+    np.logical_xor.at(turns, (row, np.clip(np.ceil(crossing - 0.5), 0, width).astype(int)), True)
+    return np.asarray(np.logical_xor.accumulate(turns, axis=1)[:, :width])

@@ -125,13 +125,18 @@ def read_box(slide: Slide, box: Box, shape: tuple[int, int], level: int) -> np.n
 def _area_mean(pixels: np.ndarray, columns: sparse.csr_array, rows: sparse.csr_array) -> np.ndarray:
     (out_h, in_h), (out_w, in_w) = rows.shape, columns.shape
     factor = in_w / out_w
-    if factor == in_h / out_h == int(factor) and columns.nnz == in_w and rows.nnz == in_h:
+    if factor == in_h / out_h == int(factor) and _uncut(columns) and _uncut(rows):
         if factor == 1:
             return pixels.astype(np.float32)
         return cv2.resize(pixels.astype(np.float32), (out_w, out_h), interpolation=cv2.INTER_AREA)
     down = (rows @ pixels.reshape(in_h, in_w * 3).astype(np.float32)).reshape(out_h, in_w, 3)
     across = columns @ np.ascontiguousarray(down.transpose(1, 0, 2)).reshape(in_w, out_h * 3)
     return np.ascontiguousarray(across.reshape(out_w, out_h, 3).transpose(1, 0, 2))
+
+
+def _uncut(weights: sparse.csr_array) -> bool:
+    """True if every pixel belongs to one cell, and to each alike."""
+    return weights.nnz == weights.shape[1] and bool(np.ptp(weights.data) < 1e-6)
 
 
 @lru_cache(maxsize=512)

@@ -16,11 +16,11 @@ from typing import Any
 
 import numpy as np
 
-from extractors import Encoder, load_encoder
+from extractors import Encoder, EncoderFacts, load_encoder
 
 from .config import Config, TileConfig, TissueConfig, digest
 from .draw import overview, save_png
-from .encode import Work, encode_slides
+from .encode import Encoded, Work, encode_slides
 from .errors import BrokenBag, SlideError, UsageError
 from .fingerprint import Fingerprint, fingerprint, stamp
 from .outcome import Outcome, failed
@@ -28,7 +28,7 @@ from .quadtree import QuadTree, build_quadtree
 from .readers import open_slide
 from .scale import check_resolution
 from .slide import Slide, thumbnail
-from .store import BagStore, SlideGroup, short_name
+from .store import BagStore, SlideGroup, read_attrs, short_name
 from .tissue import TissueMask, tissue_in
 
 Tiler = Callable[[Slide, TissueMask, TileConfig], QuadTree]
@@ -48,12 +48,23 @@ class Recipe:
     """A Config made definite by the facts of its encoder: everything that decides the bytes of the store."""
 
     config: Config  # with tile_px filled in
+    facts: EncoderFacts
     encoder_key: str
     weights_sha256: str
     weights_words: str
-    feature_hash: str
-    dim: int
     tiler: Tiler | None = None
+
+    def feature_hash(self, tile_px: int, mpp: list[float]) -> str:
+        """What fits a model: encoder, weights, preprocessing, the scale of the encoded levels. It knows no slide."""
+        facts = self.facts
+        preprocessing = {"tile_px": tile_px, "crop_px": facts.crop_px, "mean": list(facts.mean), "std": list(facts.std)}
+        identity = {"encoder": facts.name, "weights": self.weights_sha256, "preprocessing": preprocessing, "mpp": mpp}
+        return digest(identity)
+
+    def hash_of(self, tiles: dict[str, Any]) -> str:
+        """The feature_hash for stored tiles (the facts of a tree), whoever made them."""
+        levels = [tiles["levels"][k] for k in tiles["encoded"]]
+        return self.feature_hash(levels[0]["tile_px"], [level["mpp"] for level in levels])
 
     def as_dict(self) -> dict[str, Any]:
         """The settings, but for the encoder's: a second encoder is another group beside the first."""
@@ -73,19 +84,7 @@ def make_recipe(config: Config, encoder: Encoder, tiler: Tiler | None = None) ->
     key = facts.name.replace("/", "--").replace(":", "--")
     standard = sha == "none" or config.weights is None
     key += "" if standard else f"@{sha[:8]}"
-    preprocessing = {"tile_px": tile_px, "crop_px": facts.crop_px, "mean": list(facts.mean), "std": list(facts.std)}
-    levels = [config.mpp * 2**k for k in range(config.levels)]
-    wanted = (
-        levels
-        if config.encode_levels == "all"
-        else levels[:1]
-        if config.encode_levels == "finest"
-        else list(config.encode_levels)
-    )
-    feature_hash = digest(
-        {"encoder": facts.name, "weights": sha, "preprocessing": preprocessing, "mpp": sorted(wanted)}
-    )
-    return Recipe(config, key, sha, encoder.weights_words, feature_hash, facts.dim, tiler)
+    return Recipe(config, facts, key, sha, encoder.weights_words, tiler)
 
 
 def load_tiler(name: str) -> Tiler:
@@ -108,16 +107,23 @@ def segment(slide: Slide, config: TissueConfig) -> tuple[TissueMask, np.ndarray]
 
 def tile(slide: Slide, mask: TissueMask, config: TileConfig, tiler: Tiler | None = None) -> QuadTree:
     """Which tiles of a slide are taken."""
-    if tiler is not None:
-        tree = tiler(slide, mask, config)
-        if not isinstance(tree, QuadTree):
-            raise UsageError(f"the tiler returned {type(tree).__name__}, not a QuadTree")
-        return tree
-    settings = config.model_dump(exclude={"tiler", "tile_px"})
-    return build_quadtree(slide, mask, tile_px=config.tile_px or 224, **settings)
+    if tiler is None:
+        settings = config.model_dump(exclude={"tiler", "tile_px"})
+        return build_quadtree(slide, mask, tile_px=config.tile_px or 224, **settings)
+    tree = tiler(slide, mask, config)
+    if not isinstance(tree, QuadTree):
+        raise UsageError(f"the tiler returned {type(tree).__name__}, not a QuadTree")
+    return tree
 
 
-def prepare(file: SlideFile, recipe: Recipe, out: Path, root: Path) -> Outcome:
+def _refuse_misfit(tree: QuadTree, recipe: Recipe) -> None:
+    """A tiler may return any scale; the encoder was made for some."""
+    misfit = recipe.facts.misfit(tree.tile_px, tree.levels[-1].mpp) if tree.levels else None
+    if misfit and not recipe.config.force_scale:
+        raise UsageError(f"{misfit}. The tiler returned such tiles; change it, or pass --force-scale")
+
+
+def prepare(file: SlideFile, recipe: Recipe, out: Path) -> Outcome:
     """Open, segment and tile one slide and store the result; what is stored already and still holds is kept.
 
     Returns a row with status `ready`, `empty` or `failed`. Never raises a SlideError.
@@ -143,6 +149,7 @@ def _prepare(file: SlideFile, recipe: Recipe, out: Path, slide: Slide, print_: F
     kept = _kept_tissue(group, tissue_hash)
     mask, thumbnail = kept if kept else segment(slide, config.tissue)
     tree = tile(slide, mask, config.tile, recipe.tiler)
+    _refuse_misfit(tree, recipe)
     stands = kept is not None and _tiles_stand(group, tree)
     # A second encoder on a slide that is whole: the features that are there stay usable while it works.
     status = "complete" if stands and group.status == "complete" else "writing"
@@ -258,29 +265,41 @@ def encode(
     """Encode prepared slides as they come; yields the row of each as it is finished, with status `done` or `failed`."""
     rows: dict[str, Outcome] = {}
     groups: dict[str, SlideGroup] = {}
+    broken: list[Outcome] = []
 
     def works() -> Iterator[Work]:
         for file, row in slides:
             rows[file.name], groups[file.name] = row, BagStore(out).group(file.name)
-            yield _work(file, groups[file.name], encoder, recipe, row.reader)
+            try:
+                work = _work(file, groups[file.name], encoder, recipe, row.reader)
+            except SlideError as error:  # what `prepare` wrote is not there any more
+                broken.append(failed(file.name, error))
+                continue
+            yield work
 
     for result in encode_slides(works(), encoder, device, on_tiles):
-        row, group = rows.pop(result.slide), groups.pop(result.slide)
-        row = row.after(result.reading + result.encoding, result.bound_by if result.rows else "")
-        if result.error is not None:
-            yield replace(
-                failed(result.slide, result.error), seconds=row.seconds, mpp=row.mpp, mpp_source=row.mpp_source
-            )
-            continue
-        if result.invalid:
-            warning = f"{result.invalid} tiles cannot be decoded and are marked invalid"
-            row = replace(row, message="; ".join(filter(None, [row.message, warning])))
-        group.features(recipe.encoder_key).finish()
-        tree = group.tree()
-        group.finish(
-            "complete", counts={"tiles": [level.stop - level.start for level in tree.levels], "invalid": result.invalid}
-        )
-        yield replace(row, status="done")
+        yield _finish(rows.pop(result.slide), groups.pop(result.slide), result, recipe)
+        yield from broken
+        broken.clear()
+    yield from broken
+
+
+def _finish(row: Outcome, group: SlideGroup, result: Encoded, recipe: Recipe) -> Outcome:
+    """Commit a slide whose chunks are all written; its own attributes come last."""
+    row = row.after(result.reading + result.encoding, result.bound_by if result.rows else "")
+    if result.error is not None:
+        fault = failed(result.slide, result.error)
+        return replace(row, status="failed", stage=fault.stage, error=fault.error, message=fault.message)
+    if result.invalid:
+        row = replace(row, message="; ".join(filter(None, [row.message, _invalid_words(result.invalid)])))
+    group.features(recipe.encoder_key).finish()
+    tiles = [level.stop - level.start for level in group.tree().levels]
+    group.finish("complete", counts={"tiles": tiles, "invalid": result.invalid})
+    return replace(row, status="done")
+
+
+def _invalid_words(count: int) -> str:
+    return f"{count} tiles cannot be decoded and are marked invalid"
 
 
 def _work(file: SlideFile, group: SlideGroup, encoder: Encoder, recipe: Recipe, reader: str) -> Work:
@@ -290,12 +309,12 @@ def _work(file: SlideFile, group: SlideGroup, encoder: Encoder, recipe: Recipe, 
         "weights": recipe.weights_words,
         "weights_sha256": recipe.weights_sha256,
         "precision": "fp32",
-        "feature_hash": recipe.feature_hash,
+        "feature_hash": recipe.hash_of(tree.facts()),
         "tiles": tree.hash,
         "reader": reader,
         "levels": list(tree.encoded_levels),
     }
-    features.begin(len(tree.encoded_rows), recipe.dim, recipe.config.dtype, **attrs)
+    features.begin(len(tree.encoded_rows), recipe.facts.dim, recipe.config.dtype, **attrs)
     opened = group.attrs["slide"]
 
     def unchanged() -> bool:
@@ -306,9 +325,11 @@ def _work(file: SlideFile, group: SlideGroup, encoder: Encoder, recipe: Recipe, 
 
 def is_current(file: SlideFile, group: SlideGroup, recipe: Recipe, deep: bool = False) -> bool:
     """True if the store holds all that this recipe makes of this slide file; `deep` reads every array again."""
-    attrs = group.attrs
-    if attrs.get("status") not in ("complete", "empty") or attrs.get("recipe") != recipe.as_dict():
+    attrs, tiles = group.attrs, read_attrs(group.path / "tiles")
+    if attrs.get("status") not in ("complete", "empty") or attrs.get("recipe") != recipe.as_dict() or not tiles:
         return False
+    if deep and recipe.tiler is not None:
+        return False  # its function may have changed under the same name: ask it again; equal tiles keep their features
     if attrs["scale"]["given"] != file.mpp or not _same_file(file.path, attrs["slide"]):
         return False
     try:
@@ -320,7 +341,7 @@ def is_current(file: SlideFile, group: SlideGroup, recipe: Recipe, deep: bool = 
         facts = features.attrs
         wanted = {
             "status": "complete",
-            "feature_hash": recipe.feature_hash,
+            "feature_hash": recipe.hash_of(tiles),
             "tiles": attrs["hashes"]["tiles"],
             "reader": attrs["reader"]["used"],
             "precision": "fp32",
@@ -341,7 +362,7 @@ def stored_outcome(name: str, group: SlideGroup) -> Outcome:
     notes = [
         _why_empty(attrs["tissue_mm2"]) if attrs["status"] == "empty" else "",
         warnings,
-        f"{invalid} tiles cannot be decoded and are marked invalid" if invalid else "",
+        _invalid_words(invalid) if invalid else "",
     ]
     return Outcome(
         name,
@@ -361,11 +382,11 @@ def _same_file(path: Path, stored: dict[str, Any]) -> bool:
     """Size and time first; where the time differs (a copy), what is in it."""
     try:
         size, mtime_ns, *_ = stamp(path)
-    except OSError:
-        return False
-    if size != stored["size_bytes"]:
-        return False
-    return mtime_ns == stored["mtime_ns"] or fingerprint(path).sha256 == stored["fingerprint"]
+        if size != stored["size_bytes"]:
+            return False
+        return mtime_ns == stored["mtime_ns"] or fingerprint(path).sha256 == stored["fingerprint"]
+    except (OSError, SlideError):
+        return False  # it is tried again, and told there
 
 
 def open_encoder(config: Config) -> Encoder:

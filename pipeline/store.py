@@ -305,7 +305,7 @@ class Features:
         """Start, or take up what is current; features of anything else under this key are deleted first."""
         old = self.attrs
         if any(old.get(name) != value for name, value in attrs.items()) or not self._arrays_fit(rows, dim, dtype):
-            self.group.drop(f"features/{self.key}", "predictions")
+            self._drop(old.get("feature_hash"))
             create = self.group._zarr.create_array
             options: dict[str, Any] = {"config": {"write_empty_chunks": True}}
             name = f"features/{self.key}"
@@ -331,6 +331,12 @@ class Features:
         self._x = self._open("x", "a")
         self._valid = self._open("valid", "a")
 
+    def _drop(self, feature_hash: str | None) -> None:
+        """Delete these features, and the predictions that were made of them."""
+        folder = self.group.path / "predictions"
+        made = [p.name for p in folder.glob("*") if read_attrs(p).get("feature_hash") == feature_hash]
+        self.group.drop(f"features/{self.key}", *(f"predictions/{name}" for name in made))
+
     def _arrays_fit(self, rows: int, dim: int, dtype: str) -> bool:
         try:
             x, valid = self._open("x", "r"), self._open("valid", "r")
@@ -339,7 +345,7 @@ class Features:
         return x.shape == (rows, dim) and valid.shape == (rows,) and x.dtype == np.dtype(dtype)
 
     def _open(self, name: str, mode: Any) -> zarr.Array:
-        # Set here: open_array ignores its `config`, and a chunk of zeros that is left out would look unfinished for ever.
+        # Set here, as open_array ignores its `config`; a chunk of zeros that is left out would look unfinished.
         with zarr.config.set({"array.write_empty_chunks": True}):
             return zarr.open_array(
                 LocalStore(self.path / name, read_only=mode == "r"), mode=mode if mode == "r" else "r+", zarr_format=3
@@ -354,10 +360,14 @@ class Features:
         return np.asarray(self._valid[...])
 
     def missing_rows(self) -> np.ndarray:
-        """(M,) bool: the rows whose chunk is not there yet."""
+        """(M,) bool: the rows whose chunk is not there yet, or is damaged."""
         missing = np.zeros(self._x.shape[0], bool)
-        for chunk in missing_chunks(self.path / "x", self._x):
-            missing[chunk * CHUNK_ROWS : (chunk + 1) * CHUNK_ROWS] = True
+        for name, array in (("x", self._x), ("valid", self._valid)):
+            lost = set(missing_chunks(self.path / name, array))
+            for chunk in range(math.ceil(len(missing) / CHUNK_ROWS)):
+                rows = slice(chunk * CHUNK_ROWS, (chunk + 1) * CHUNK_ROWS)
+                if chunk in lost or _is_damaged(array, rows):
+                    missing[rows] = True
         return missing
 
     def write_chunk(self, chunk: int, x: np.ndarray, valid: np.ndarray) -> None:
@@ -389,11 +399,17 @@ class Features:
         if lost:
             raise self.group._broken(f"{label}: chunk {lost[0]} is missing")
         for chunk in range(math.ceil(array.shape[0] / CHUNK_ROWS)):
-            try:
-                array[chunk * CHUNK_ROWS : (chunk + 1) * CHUNK_ROWS]
-            except ValueError as error:
-                raise self.group._broken(f"{label}: chunk {chunk} is damaged ({error})") from error
+            if _is_damaged(array, slice(chunk * CHUNK_ROWS, (chunk + 1) * CHUNK_ROWS)):
+                raise self.group._broken(f"{label}: chunk {chunk} is damaged (its checksum is wrong)")
         return np.asarray(array[...])
+
+
+def _is_damaged(array: zarr.Array, rows: slice) -> bool:
+    try:
+        array[rows]
+    except ValueError:  # of the checksum
+        return True
+    return False
 
 
 def missing_chunks(path: Path, array: zarr.Array) -> list[int]:

@@ -6,9 +6,10 @@ is an error before anything runs. All cells are text: `001` stays `001`.
 
 import csv
 import io
+import math
 import os
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from .errors import UsageError, nearest
@@ -18,26 +19,32 @@ def read_table(path: str | Path, required: tuple[str, ...] = ("slide",)) -> list
     """The rows of a table, cells stripped. Raises UsageError if it cannot be read or a column is missing."""
     text = _text(Path(path))
     try:
-        dialect = csv.Sniffer().sniff(text.splitlines()[0] + "\n", delimiters=",;\t")
-        separator = dialect.delimiter
-    except (csv.Error, IndexError):
-        separator = ","
-    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=separator, skipinitialspace=True)
+        return list(_rows(path, text, required))
+    except csv.Error as error:
+        raise UsageError(f"{path}: {error}; is there a quote too many?") from error
+
+
+def _rows(path: str | Path, text: str, required: tuple[str, ...]) -> Iterator[dict[str, str]]:
+    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=_separator(text), skipinitialspace=True)
     columns = [name.strip().lower() for name in reader.fieldnames or []]
     for name in required:
         if name not in columns:
-            raise UsageError(
-                f"{path}: {nearest(name, columns, 'column').replace('unknown column', 'it has no column')}"
-            )
+            wrong = nearest(name, columns, "column").replace("unknown column", "it has no column")
+            raise UsageError(f"{path}: {wrong}")
     reader.fieldnames = columns
-    rows = []
     for row in reader:
         if None in row or None in row.values():
             raise UsageError(f"{path}: line {reader.line_num} has not as many cells as the header ({len(columns)})")
         cells = {name: value.strip() for name, value in row.items()}
         if any(cells.values()):
-            rows.append(cells)
-    return rows
+            yield cells
+
+
+def _separator(text: str) -> str:
+    try:
+        return csv.Sniffer().sniff(text.splitlines()[0] + "\n", delimiters=",;\t").delimiter
+    except (csv.Error, IndexError):
+        return ","
 
 
 def _text(path: Path) -> str:
@@ -73,13 +80,10 @@ class SlideNames:
 
     def find(self, cell: str, table: Path) -> str | None:
         """The slide's name, None if there is none. Raises UsageError if the cell could mean more than one."""
-        if cell in self.names:
-            return cell
+        meant = {cell} & self.names
         if self.root is not None:
-            path = os.path.relpath(os.path.join(os.path.abspath(table.parent), cell), self.root)
-            if path in self.names:
-                return path
-        found = sorted(set(self.stems.get(cell, [])))
+            meant |= {os.path.relpath(os.path.join(os.path.abspath(table.parent), cell), self.root)} & self.names
+        found = sorted(meant or set(self.stems.get(cell, [])))
         if len(found) > 1:
             raise UsageError(f"{table}: {cell!r} could be any of {', '.join(found)}; write one of these")
         return found[0] if found else None
@@ -99,8 +103,10 @@ def read_mpp_csv(path: str | Path, slides: SlideNames) -> tuple[dict[str, float]
             continue
         try:
             value = float(row["mpp"])
-        except ValueError as error:
-            raise UsageError(f"{path}: mpp of {row['slide']!r} is {row['mpp']!r}, which is not a number") from error
+        except ValueError:
+            value = math.nan
+        if not math.isfinite(value):
+            raise UsageError(f"{path}: mpp of {row['slide']!r} is {row['mpp']!r}, which is not a number")
         if given.setdefault(name, value) != value:
             raise UsageError(f"{path}: two values for {name}: {given[name]:g} and {value:g}")
     return given, unknown

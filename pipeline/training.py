@@ -1,11 +1,7 @@
-"""Labels × stored bags → a trained model folder. The loop itself stands in heads.train.
-
-A label table is `slide,label[,patient][,split]`. Nothing is left out quietly: unknown, missing and unusable slides are
-listed, and what contradicts itself is refused.
-"""
+"""Labels × stored bags → a trained model folder. The loop itself stands in heads.train."""
 
 import re
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,18 +10,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from heads import Bag, UnknownName, UnknownOption, load_head
+from heads import BadBag, Bag, UnknownName, UnknownOption, load_head
 from heads.train import fit, split
 from heads.train import predict as predict_bags
 
 from .errors import BrokenBag, UsageError
+from .labels import Labels, read_labels
 from .output import read_run
 from .prediction import save_model
 from .store import BagStore, read_attrs
-from .tables import SlideNames, read_table
-
-SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
-
 
 CACHE_BYTES = 4 << 30  # of bags that are kept in memory between epochs
 
@@ -55,17 +48,6 @@ class StoredBags(Sequence[Bag]):
 
 
 @dataclass(frozen=True)
-class Labels:
-    """The labelled slides that can be used: parallel lists, and what the user should know about the rest."""
-
-    slides: list[str]
-    labels: list[str]
-    patients: list[str] | None
-    splits: list[str] | None
-    warnings: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
 class Trained:
     """A finished training: the model's folder, its metrics by part (train, val, test), and warnings."""
 
@@ -73,65 +55,6 @@ class Trained:
     metrics: dict[str, dict[str, float]]
     best_epoch: int
     warnings: tuple[str, ...]
-
-
-def read_labels(path: str | Path, store: BagStore) -> Labels:
-    """Match a label table with a store. Raises UsageError if it contradicts itself or nothing of it can be used."""
-    table = read_table(path, ("slide", "label"))
-    root = read_run(store.root).get("root")
-    names = SlideNames(store.slides(), Path(root) if root else None)
-    rows, unknown = _match(Path(path), table, names)
-    usable = {slide: row for slide, row in rows.items() if store.group(slide).status == "complete"}
-    warnings = [
-        _listed("rows name no slide of this store", unknown),
-        _listed("labelled slides have no features (empty or unfinished)", sorted(rows.keys() - usable.keys())),
-        _listed("slides of the store have no label", sorted(names.names - rows.keys())),
-    ]
-    if not usable:
-        raise UsageError(
-            f"{path}: not one row names a slide with features in {store.root}. {' '.join(filter(None, warnings))}"
-        )
-    slides = sorted(usable)
-    return Labels(
-        slides,
-        [usable[slide]["label"] for slide in slides],
-        _column(usable, slides, "patient"),
-        _splits(path, usable, slides),
-        tuple(filter(None, warnings)),
-    )
-
-
-def _match(path: Path, table: list[dict[str, str]], names: SlideNames) -> tuple[dict[str, dict[str, str]], list[str]]:
-    rows: dict[str, dict[str, str]] = {}
-    unknown = []
-    for row in table:
-        if not row["label"]:
-            raise UsageError(f"{path}: {row['slide']!r} has an empty label; leave the row out if it is unknown")
-        slide = names.find(row["slide"], path)
-        if slide is None:
-            unknown.append(row["slide"])
-        elif rows.setdefault(slide, row) != row:
-            raise UsageError(f"{path}: two rows for {slide} that differ: {rows[slide]} and {row}")
-    return rows, unknown
-
-
-def _column(rows: dict[str, dict[str, str]], slides: list[str], name: str) -> list[str] | None:
-    if any(name not in rows[slide] for slide in slides):
-        return None
-    return [rows[slide][name] or slide for slide in slides]  # an empty patient cell is a patient of its own
-
-
-def _splits(path: str | Path, rows: dict[str, dict[str, str]], slides: list[str]) -> list[str] | None:
-    if any("split" not in rows[slide] for slide in slides):
-        return None
-    for slide in slides:
-        if rows[slide]["split"].lower() not in SPLITS:
-            raise UsageError(f"{path}: split of {slide} is {rows[slide]['split']!r}; known are {', '.join(SPLITS)}")
-    return [SPLITS[rows[slide]["split"].lower()] for slide in slides]
-
-
-def _listed(what: str, names: list[str]) -> str:
-    return f"{len(names)} {what}: {', '.join(names[:10])}{', …' if len(names) > 10 else ''}." if names else ""
 
 
 def train(
@@ -157,18 +80,11 @@ def train(
     the split `val`, or a fifth of the training slides, parted by patient where the table says who is one.
     Raises UsageError.
     """
-    store = BagStore(out)
-    about_run = read_run(store.root)
-    if not about_run:
-        raise UsageError(f"{out} is no output folder of `slidestream run`")
-    known = read_labels(labels, store)
     name = name or head.replace(":", "--")
-    if not re.fullmatch(r"[\w.@+-]+", name):
-        raise UsageError(f"a model's name becomes a folder: letters, digits and . _ - only, not {name!r}")
-    try:
-        key = store.group(known.slides[0]).encoder_key(encoder)
-    except BrokenBag as error:
-        raise UsageError(str(error)) from error
+    if not re.fullmatch(r"[\w@+-][\w.@+-]*", name):
+        raise UsageError(f"a model's name becomes a folder: letters, digits and . _ - only, not first a dot: {name!r}")
+    known = read_labels(labels, BagStore(out))
+    source = _source(BagStore(out), known, encoder)
     classes = sorted(set(known.labels))
     if len(classes) < 2:
         raise UsageError(
@@ -176,59 +92,94 @@ def train(
         )
     y = np.array([classes.index(label) for label in known.labels])
     parts, split_words = _parts(known, y, seed, labels)
-    facts, features, level = _features(store, known.slides, key, head, level)
-    model = _new_head(head, features["encoder"]["dim"], len(classes), seed, options)
+    model = _new_head(head, source.features["encoder"]["dim"], len(classes), seed, options)
+    level = source.level(level) if model.needs.levels == 1 else None
     sets = {
-        part: (StoredBags(store, [known.slides[i] for i in rows], key, level), y[rows]) for part, rows in parts.items()
+        part: (StoredBags(source.store, [known.slides[i] for i in rows], source.key, level), y[rows])
+        for part, rows in parts.items()
     }
-    history = fit(
-        model,
-        *sets["train"],
-        validation=sets.get("val"),
-        epochs=epochs,
-        patience=patience,
-        lr=lr,
-        weight_decay=weight_decay,
-        seed=seed,
-        on_epoch=on_epoch,
-    )
-    metrics = {part: measure(predict_bags(model, bags), truth) for part, (bags, truth) in sets.items()}
-    recipe = about_run["recipe"] | {
-        "encoder": about_run["encoders"][key]["name"],
-        "weights": about_run["encoders"][key]["weights_file"],
-        "force_scale": about_run["encoders"][key]["force_scale"],
+    recipe: dict[str, Any] = {
+        "epochs": epochs,
+        "patience": patience,
+        "lr": lr,
+        "weight_decay": weight_decay,
+        "seed": seed,
     }
-    about = {
-        "schema": "slidestream/model",
-        "head": head,
-        "options": model.options,
-        "dim": model.dim,
-        "classes": classes,
-        "level": level,
-        "encoder_key": key,
-        "encoder": features["encoder"],
-        "weights_sha256": features["weights_sha256"],
-        "feature_hash": features["feature_hash"],
-        "encoded_mpp": [facts["levels"][k]["mpp"] for k in facts["encoded"]],
-        "recipe": recipe,
-        "versions": about_run["versions"],
-        "metrics": metrics,
-        "training": {
-            "epochs": epochs,
-            "patience": patience,
-            "lr": lr,
-            "weight_decay": weight_decay,
-            "seed": seed,
-            "best_epoch": history.best_epoch,
-            "train_loss": history.train_loss,
-            "validation_loss": history.validation_loss,
-            "split": split_words,
-            "slides": {part: [known.slides[i] for i in rows] for part, rows in parts.items()},
-        },
+    try:
+        history = fit(model, *sets["train"], validation=sets["val"], on_epoch=on_epoch, **recipe)
+        metrics = {part: measure(predict_bags(model, bags), truth) for part, (bags, truth) in sets.items()}
+    except (BrokenBag, BadBag, FloatingPointError) as error:  # a damaged slide, or a loss that left the numbers
+        raise UsageError(str(error)) from error
+    training = recipe | {
+        "best_epoch": history.best_epoch,
+        "train_loss": history.train_loss,
+        "validation_loss": history.validation_loss,
+        "split": split_words,
+        "slides": {part: [known.slides[i] for i in rows] for part, rows in parts.items()},
     }
-    folder = store.root / "models" / name
-    save_model(folder, model, about)
-    return Trained(folder, metrics, history.best_epoch, known.warnings)
+    about = {"head": head, "options": model.options, "dim": model.dim, "classes": classes, "level": level}
+    folder = source.store.root / "models" / name
+    save_model(folder, model, about | source.about() | {"metrics": metrics, "training": training})
+    untrained = sorted(set(classes) - {classes[i] for i in y[parts["train"]]})
+    warnings = [f"no training slide is of the class {', '.join(untrained)}: it is never predicted"] if untrained else []
+    return Trained(folder, metrics, history.best_epoch, (*known.warnings, *warnings))
+
+
+@dataclass(frozen=True)
+class _Source:
+    """The features that are trained on: which, of which tiles, by which recipe."""
+
+    store: BagStore
+    run: dict[str, Any]
+    key: str
+    tiles: dict[str, Any]
+    features: dict[str, Any]
+
+    @property
+    def mpp(self) -> list[float]:
+        """µm/px of the levels with features, coarse → fine."""
+        return [self.tiles["levels"][k]["mpp"] for k in self.tiles["encoded"]]
+
+    def level(self, wanted: float | None) -> float:
+        """The level that a flat head reads: the finest unless told."""
+        wanted = self.mpp[-1] if wanted is None else wanted
+        for mpp in self.mpp:
+            if abs(mpp / wanted - 1) < 0.01:
+                return mpp
+        there = ", ".join(f"{mpp:g}" for mpp in self.mpp)
+        raise UsageError(f"--level {wanted:g}: no features at that µm/px; there are {there}")
+
+    def about(self) -> dict[str, Any]:
+        """What a model must know of its features to be used on new slides."""
+        encoder = self.run["encoders"][self.key]
+        own = {"encoder": encoder["name"], "weights": encoder["weights_file"], "force_scale": encoder["force_scale"]}
+        return {
+            "schema": "slidestream/model",
+            "encoder_key": self.key,
+            "encoder": self.features["encoder"],
+            "weights_sha256": self.features["weights_sha256"],
+            "feature_hash": self.features["feature_hash"],
+            "encoded_mpp": self.mpp,
+            "recipe": self.run["recipe"] | own,
+            "versions": self.run["versions"],
+        }
+
+
+def _source(store: BagStore, known: Labels, encoder: str | None) -> _Source:
+    """The one set of features that all labelled slides have. Raises UsageError if they differ."""
+    try:
+        key = store.group(known.slides[0]).encoder_key(encoder)
+    except BrokenBag as error:
+        raise UsageError(str(error)) from error
+    hashes: dict[str, list[str]] = defaultdict(list)
+    for slide in known.slides:
+        facts = read_attrs(store.group(slide).path / "features" / key)
+        hashes[facts.get("feature_hash", "none")].append(slide)
+    if len(hashes) > 1:
+        odd = min(hashes.values(), key=len)
+        raise UsageError(f"not all slides have the same features ({odd[0]} differs); run `slidestream run` with --redo")
+    path = store.group(known.slides[0]).path
+    return _Source(store, read_run(store.root), key, read_attrs(path / "tiles"), read_attrs(path / "features" / key))
 
 
 def _parts(known: Labels, y: np.ndarray, seed: int, labels: str | Path) -> tuple[dict[str, np.ndarray], str]:
@@ -263,29 +214,6 @@ def _refuse_shared_patients(known: Labels, labels: str | Path) -> None:
             f"{labels}: patients on more than one side of the split, which would flatter the result: "
             + ", ".join(shared[:5])
         )
-
-
-def _features(
-    store: BagStore, slides: list[str], key: str, head: str, level: float | None
-) -> tuple[dict[str, Any], dict[str, Any], float | None]:
-    """The facts of the tiles and of the features, the same for all slides, and the level that is read."""
-    hashes: Counter[str] = Counter()
-    for slide in slides:
-        hashes[read_attrs(store.group(slide).path / "features" / key).get("feature_hash", "none")] += 1
-    if len(hashes) > 1:
-        raise UsageError(
-            f"the slides have different features ({dict(hashes)}); run `slidestream run` with --redo to make them one"
-        )
-    group = store.group(slides[0])
-    facts, features = read_attrs(group.path / "tiles"), read_attrs(group.path / "features" / key)
-    there = [facts["levels"][k]["mpp"] for k in facts["encoded"]]
-    wanted = there[-1] if level is None else level
-    near = [mpp for mpp in there if abs(mpp / wanted - 1) < 0.01]
-    if not near:
-        raise UsageError(
-            f"--level {wanted:g}: no features at that µm/px; there are {', '.join(f'{m:g}' for m in there)}"
-        )
-    return facts, features, near[0]
 
 
 def _new_head(name: str, dim: int, classes: int, seed: int, options: dict[str, Any]) -> Any:

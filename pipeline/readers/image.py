@@ -1,6 +1,5 @@
 """Plain images (PNG, JPEG, JPEG 2000) and arrays as slides of one level, held in memory. Not rotated by EXIF."""
 
-import warnings
 from pathlib import Path
 
 import numpy as np
@@ -12,23 +11,22 @@ from ..slide import Slide, make_levels
 
 MAX_PIXELS = 1 << 28  # 0.8 GB in memory; a kilobyte of PNG can declare more than any machine has
 FORMATS = ("PNG", "JPEG", "JPEG2000")
+Image.MAX_IMAGE_PIXELS = None  # judged here, by a limit of our own
 VERSION = f"pillow {Image.__version__}"
 
 
 def open(path: Path) -> Slide:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # judged here, by a limit of our own
-        with Image.open(path, formats=FORMATS) as image:
-            width, height = image.size
-            if width * height > MAX_PIXELS:
-                raise UnreadableSlide(
-                    str(path),
-                    "open",
-                    f"{width} x {height} pixels are too many for a plain image; convert it to a pyramidal TIFF",
-                )
-            if image.mode in ("I", "F", "I;16"):
-                raise UnreadableSlide(str(path), "open", f"pixels of type {image.mode} are not supported")
-            rgba = image.convert("RGBA")
+    with Image.open(path, formats=FORMATS) as image:
+        width, height = image.size
+        if width * height > MAX_PIXELS:
+            raise UnreadableSlide(
+                str(path),
+                "open",
+                f"{width} x {height} pixels are too many for a plain image; convert it to a pyramidal TIFF",
+            )
+        if image.mode in ("I", "F", "I;16"):
+            raise UnreadableSlide(str(path), "open", f"pixels of type {image.mode} are not supported")
+        rgba = image.convert("RGBA")
     white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
     return ArraySlide(np.asarray(Image.alpha_composite(white, rgba).convert("RGB")), path)
 

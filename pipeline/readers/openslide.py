@@ -7,9 +7,8 @@ from pathlib import Path
 import numpy as np
 import openslide as library
 import tifffile
-from PIL.Image import Image
 
-from ..errors import CorruptTiles, UnreadableSlide
+from ..errors import CorruptTiles, UnreadableSlide, slide_door
 from ..scale import GIVEN_RANGE, ScaleTags, aperio_tags, resolution_tags
 from ..slide import Box, Slide, make_levels
 from .tiffcheck import DEFLATE, JPEG_2000, WEBP
@@ -37,15 +36,31 @@ def _doubt(path: Path, slide: "OpenSlideSlide") -> str:
     """Where OpenSlide's own word on a TIFF file is not to be taken; refused where its pixels are certainly wrong."""
     with builtins.open(path, "rb") as file, tifffile.TiffFile(file) as tif:
         page = tif.pages.first
-        turned = page.tags[274].value if 274 in page.tags else 1
-    if turned != 1:
+        planes = len(tif.series[0].pages)
+        fault = _misread(page) if planes == 1 else f"it is a stack of {planes} images"  # the first would be shown
+    if fault:
         slide.close()
-        raise UnreadableSlide(str(path), "open", f"its orientation tag is {turned}: OpenSlide mirrors each tile")
+        raise UnreadableSlide(str(path), "open", f"{fault}, which OpenSlide misreads")
     if page.compression in DEFLATE:
         return "it does not notice damaged deflate tiles"
     # The native decoders of these do not notice damage, which is worse than a shift by a part of a pixel.
     if slide.interpolated and page.compression not in (*JPEG_2000, *WEBP):
         return f"it interpolates between the pixels of levels {slide.interpolated}"
+    return ""
+
+
+def _misread(page: tifffile.TiffPage) -> str:
+    """What libtiff's conversion to RGBA was seen to get wrong without an error."""
+    turned = page.tags[274].value if 274 in page.tags else 1
+    samples, bits = page.samplesperpixel, page.bitspersample
+    if turned != 1:
+        return f"its orientation tag is {turned}"  # each tile is mirrored in its place
+    if page.sampleformat not in (None, 1) or bits not in (1, 2, 4, 8, 16):
+        return f"its pixels are {page.dtype} of {bits} bits"  # signed as unsigned; others do not decode
+    if samples > 4 or (samples == 4 and page.extrasamples and int(page.extrasamples[0]) == 0):
+        return "it has a sample of unknown meaning"  # taken for alpha
+    if page.photometric in (0, 1) and (samples > 1 or bits > 8):
+        return f"it is grey with {samples} samples of {bits} bits"  # black at the border, alpha blended wrongly
     return ""
 
 
@@ -75,16 +90,17 @@ def _instance(path: Path) -> str:
 
 class OpenSlideSlide(Slide):
     def __init__(self, path: Path) -> None:
-        self._handle = _open(path)
-        properties = dict(self._handle.properties)
+        handle = _open(path)
+        self._handle: library.OpenSlide | None = handle
+        properties = dict(handle.properties)
         super().__init__(
             path,
-            make_levels(list(self._handle.level_dimensions)),
+            make_levels(list(handle.level_dimensions)),
             scale_tags(properties),
             properties.get("openslide.vendor", ""),
             _bounds(properties),
         )
-        self._downsamples = self._handle.level_downsamples
+        self._downsamples = handle.level_downsamples
 
     @property
     def interpolated(self) -> list[int]:
@@ -106,26 +122,21 @@ class OpenSlideSlide(Slide):
         factor = self._downsamples[level]
         corner = (round(x * factor), round(y * factor))
         try:
-            image = self._handle.read_region(corner, level, size)
+            return self._region(corner, level, size)
         except library.OpenSlideError:
-            image = self._read_again(corner, level, size)
-        return _on_white(np.asarray(image))
+            self.close()  # an error sticks to the handle, also one of a busy file server: once more with a new one
+        with slide_door(str(self.path), "encode", CorruptTiles):
+            return self._region(corner, level, size)
 
-    def _read_again(self, corner: tuple[int, int], level: int, size: tuple[int, int]) -> Image:
-        """An error sticks to the handle, also one of a busy file server: reopen and try once more."""
-        self._handle.close()
-        self._handle = _open(self.path)
-        try:
-            return self._handle.read_region(corner, level, size)
-        except library.OpenSlideError as error:
-            self._handle.close()
+    def _region(self, corner: tuple[int, int], level: int, size: tuple[int, int]) -> np.ndarray:
+        if self._handle is None:
             self._handle = _open(self.path)
-            raise CorruptTiles(
-                str(self.path), "encode", f"OpenSlide cannot decode the pixels at {corner}: {error}"
-            ) from error
+        return _on_white(np.asarray(self._handle.read_region(corner, level, size)))
 
     def close(self) -> None:
-        self._handle.close()
+        if self._handle is not None:
+            self._handle.close()
+        self._handle = None
 
 
 def _open(path: Path) -> library.OpenSlide:

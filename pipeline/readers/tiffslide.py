@@ -22,6 +22,7 @@ CACHE_BYTES = 64 << 20  # of decoded tiles, for each open slide
 MAX_TILE_BYTES = 512 << 20
 VERSION = f"tiffslide {library.__version__}, tifffile {tifffile.__version__}"
 MINISWHITE, GREY, RGB, PALETTE, YCBCR = 0, 1, 2, 3, 6
+UNKNOWN, PREMULTIPLIED = 0, 1  # of an extra sample
 UNITS_UM = {"nm": 1e-3, "µm": 1.0, "um": 1.0, "mm": 1e3, "cm": 1e4, "m": 1e6}  # of OME-XML
 
 
@@ -62,7 +63,11 @@ class TiffSlideSlide(Slide):
         mixed = sum(
             np.multiply.outer(p[..., 0].astype(np.float32), c) for p, c in zip(planes, self._colours, strict=True)
         )
-        return np.clip(np.rint(mixed), 0, 255).astype(np.uint8)
+        out = np.clip(np.rint(mixed), 0, 255).astype(np.uint8)
+        rows, columns = top + np.arange(height), left + np.arange(width)
+        out[(rows < 0) | (rows >= self.levels[level].height)] = 255  # dark is the background, but outside is white
+        out[:, (columns < 0) | (columns >= self.levels[level].width)] = 255
+        return out
 
     def _read_page(self, level: int, channel: int, left: int, top: int, width: int, height: int) -> np.ndarray:
         """Paste the native tiles that overlap the region on white."""
@@ -103,13 +108,13 @@ class TiffSlideSlide(Slide):
     def _decode(self, page: tifffile.TiffPage, data: bytes, level: int, index: int) -> np.ndarray:
         try:
             segment, _, shape = page.decode(data, index, jpegtables=page.jpegtables)
+            if segment is None:
+                raise ValueError("it is empty")
+            return to_rgb(segment[0, : shape[1], : shape[2]], page)
         except Exception as error:
             raise CorruptTiles(
                 str(self.path), "encode", f"tile {index} of level {level} does not decode: {error}"
             ) from error
-        if segment is None:
-            raise CorruptTiles(str(self.path), "encode", f"tile {index} of level {level} is empty")
-        return to_rgb(segment[0, : shape[1], : shape[2]], page)
 
     def _remember(self, key: tuple[int, int, int], tile: np.ndarray) -> None:
         self._cache[key] = tile
@@ -132,12 +137,16 @@ def to_rgb(tile: np.ndarray, page: tifffile.TiffPage) -> np.ndarray:
     elif page.bitspersample == 1:
         tile = tile.astype(np.uint8) * np.uint8(255)
     if page.photometric == MINISWHITE:
-        tile = 255 - tile
+        tile = np.concatenate([255 - tile[..., :1], tile[..., 1:]], axis=-1)
     if tile.shape[-1] in (1, 2):
         tile = np.concatenate([np.repeat(tile[..., :1], 3, axis=-1), tile[..., 1:]], axis=-1)
     if tile.shape[-1] == 4:
         alpha = tile[..., 3:].astype(np.uint16)
-        tile = ((tile[..., :3] * alpha + 255 * (255 - alpha) + 127) // 255).astype(np.uint8)
+        colour = tile[..., :3].astype(np.uint16)
+        if page.extrasamples[0] == PREMULTIPLIED:
+            tile = np.minimum(colour + (255 - alpha), 255).astype(np.uint8)
+        else:
+            tile = ((colour * alpha + 255 * (255 - alpha) + 127) // 255).astype(np.uint8)
     return np.ascontiguousarray(tile)
 
 
@@ -189,6 +198,8 @@ def _refuse_unsupported(path: Path, page: tifffile.TiffPage, axes: str) -> None:
         fault = f"its pixels are laid out as {axes} (a stack or separate planes), not as one colour image"
     elif page.photometric not in (MINISWHITE, GREY, RGB, PALETTE, YCBCR) or samples > 4:
         fault = f"its colours are coded as {getattr(page.photometric, 'name', page.photometric)} with {samples} samples"
+    elif samples in (2, 4) and page.extrasamples[:1] in ((), (UNKNOWN,)):
+        fault = f"it does not say what the last of its {samples} samples is"
     elif page.compression == APERIO_YCBCR or (page.photometric == YCBCR and page.compression not in JPEG_LIKE):
         fault = "its colours are coded as YCbCr by another codec than JPEG, which is not converted"
     elif (

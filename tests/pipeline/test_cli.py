@@ -1,0 +1,348 @@
+"""The command line: real flags, real help, and one exit code for each kind of ending."""
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from pipeline import batch, cli, doctor, output, training
+from pipeline.config import Config
+from pipeline.errors import BrokenBag, RunStopped, UsageError
+from pipeline.outcome import Outcome, Report
+from pipeline.training import Trained
+
+COMMANDS = ("run", "train", "predict", "status", "doctor", "demo")
+OWN_FLAGS = {
+    "run": {"--out", "-o", "--mpp-csv", "--workers", "--scheduler", "--redo", "--config", "--preset", "-e"},
+    "train": {"--labels", "--head", "--name", "--level", "--encoder", "-e", "--epochs", "--patience", "--lr",
+              "--weight-decay", "--seed", "--option"},
+    "predict": {"--model", "-m", "--out", "-o", "--weights", "--mpp-csv", "--workers", "--scheduler"},
+    "status": set(),
+    "doctor": {"--encoder", "-e", "--weights"},
+    "demo": {"--slides", "--seed"},
+}  # fmt: skip
+
+
+def help_of(*command: str) -> str:
+    result = CliRunner().invoke(cli.app, [*command, "--help"], env={"COLUMNS": "200", "NO_COLOR": "1", "TERM": "dumb"})
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def main(monkeypatch, *arguments: str) -> int:
+    """The console command in this process."""
+    monkeypatch.setattr(sys, "argv", ["slidestream", *arguments])
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    return end.value.code
+
+
+@pytest.fixture(autouse=True)
+def _here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for stream in ("stdout", "stderr"):  # pytest's streams cannot always be set to another way with bad letters
+        if not hasattr(getattr(sys, stream), "reconfigure"):
+            monkeypatch.setattr(getattr(sys, stream), "reconfigure", lambda **_: None, raising=False)
+
+
+# --- help ------------------------------------------------------------------------------------------------------------
+
+
+def test_every_command_stands_in_the_help():
+    text = help_of()
+    assert {name for name in COMMANDS if re.search(rf"^\W*{name}\s", text, re.MULTILINE)} == set(COMMANDS)
+    assert {command.callback.__name__ for command in cli.app.registered_commands} == set(COMMANDS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_names_every_flag(command):
+    words = set(re.findall(r"(?<![\w-])--?[a-z][a-z0-9-]*", help_of(command)))
+    settings = {"--" + name.replace("_", "-") for name in Config.model_fields} if command == "run" else set()
+    assert OWN_FLAGS[command] | settings <= words
+    named = {"--" + name[5:] for name in words if name.startswith("--no-")}
+    assert {w for w in words if w.startswith("--") and not w.startswith("--no-")} - {"--help"} == (
+        {flag for flag in OWN_FLAGS[command] if flag.startswith("--")} | settings
+    ), "no flag in a text that is none"
+    assert named <= settings
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_examples_in_the_help_parse(command, monkeypatch):
+    lines = [line.strip() for line in help_of(command).splitlines() if line.strip().startswith("slidestream ")]
+    assert lines
+    click_command = cli.typer.main.get_command(cli.app)
+    for line in lines:
+        words = [word.strip("'") for word in line.split()[1:]]
+        assert words[0] == command
+        click_command.commands[command].make_context(command, words[1:])  # raises where a flag does not exist
+
+
+# --- what the commands are given -------------------------------------------------------------------------------------
+
+
+def test_run_hands_everything_on(monkeypatch, tmp_path, capsys):
+    seen = {}
+
+    def run(slides, out, **options):
+        seen.update(options, slides=slides, out=out)
+        return Report((Outcome("a", "done"), Outcome("b", "empty")), 120, 3.0)
+
+    monkeypatch.setattr(batch, "run", run)
+    (tmp_path / "c.toml").write_text("mpp = 1.0\nmin_tissue = 0.3\n")
+    flags = "-o out --config c.toml --mpp 2 --origin 3 4.5 --no-remove-pen --mpp-csv m.csv --workers 3 --redo"
+    code = main(monkeypatch, "run", "slides/*.svs", *flags.split(), "--scheduler", "tcp://x")
+    assert code == 0
+    assert (seen["slides"], seen["out"], seen["mpp_csv"]) == ("slides/*.svs", Path("out"), Path("m.csv"))
+    assert (seen["workers"], seen["scheduler"], seen["redo"]) == (3, "tcp://x", True)
+    assert seen["config"] == Config(mpp=2.0, min_tissue=0.3, origin=(3.0, 4.5), remove_pen=False)
+    assert "1 done, 1 empty; 120 tiles encoded; 3.0 s; out" in capsys.readouterr().out
+
+
+def test_presets_and_no_settings_at_all(monkeypatch):
+    configs = []
+    monkeypatch.setattr(batch, "run", lambda *_, config, **__: configs.append(config) or Report(()))
+    main(monkeypatch, "run", "s", "-o", "o")
+    main(monkeypatch, "run", "s", "-o", "o", "--preset", "hvit", "--min-tissue", "0.2")
+    assert configs[0] == Config()
+    assert (configs[1].levels, configs[1].min_tissue, configs[1].keep_background) == (4, 0.2, True)
+
+
+def test_train_hands_everything_on(monkeypatch, capsys):
+    seen = {}
+
+    def train(out, labels, **options):
+        seen.update(options, out=out, labels=labels)
+        return Trained(Path("out/models/m"), {"val": {"auc": 0.87654}}, 4, ("1 rows name no slide",))
+
+    monkeypatch.setattr(training, "train", train)
+    flags = "--labels l.csv --head mean --name m --level 1 -e uni --epochs 3 --patience 2 --lr 0.01 --weight-decay 0"
+    options = "--option gated=false --option hidden-size=12 --option way=long --option x='7'"
+    code = main(monkeypatch, "train", "out", *flags.split(), "--seed", "9", *options.split())
+    assert code == 0
+    assert seen == {
+        "out": Path("out"), "labels": Path("l.csv"), "head": "mean", "name": "m", "level": 1.0, "encoder": "uni",
+        "epochs": 3, "patience": 2, "lr": 0.01, "weight_decay": 0.0, "seed": 9,
+        "gated": False, "hidden_size": 12, "way": "long", "x": "7",
+    }  # fmt: skip
+    text = capsys.readouterr().out
+    assert "note: 1 rows name no slide" in text
+    assert "auc 0.8765" in text
+    assert "best epoch 5" in text
+
+
+def test_flags_of_train_have_the_defaults_of_the_function(monkeypatch):
+    import inspect
+
+    real = {name: p.default for name, p in inspect.signature(training.train).parameters.items()}
+    seen = {}
+    monkeypatch.setattr(training, "train", lambda *_, **given: seen.update(given) or Trained(Path("m"), {}, 0, ()))
+    main(monkeypatch, "train", "out", "--labels", "l.csv")
+    assert seen == {name: real[name] for name in seen}
+
+
+def test_predict_hands_on_only_what_was_given(monkeypatch):
+    calls = []
+    monkeypatch.setattr(batch, "predict", lambda *given, **options: calls.append((given, options)) or Report(()))
+    assert main(monkeypatch, "predict", "out", "--model", "m") == 0
+    main(monkeypatch, "predict", "slides", "-o", "new", "-m", "m", "--weights", "w.pt", "--workers", "2")
+    assert calls[0] == (("out", "m", None), {})
+    assert calls[1][0] == ("slides", "m", Path("new"))
+    assert {k: v for k, v in calls[1][1].items() if k != "progress"} == {"weights": "w.pt", "workers": 2}
+
+
+@pytest.mark.parametrize(
+    ("command", "module", "name"), [("status", output, "status_lines"), ("doctor", doctor, "examine")]
+)
+def test_lines_and_their_code(monkeypatch, capsys, command, module, name):
+    monkeypatch.setattr(module, name, lambda *_: (["one", "two"], 3))
+    assert main(monkeypatch, command, *(["out"] if command == "status" else [])) == 3
+    assert capsys.readouterr().out == "one\ntwo\n"
+
+
+# --- exit codes ------------------------------------------------------------------------------------------------------
+
+
+def ending(monkeypatch, error: BaseException, *arguments: str) -> int:
+    def fails(*_, **__):
+        raise error
+
+    monkeypatch.setattr(batch, "run", fails)
+    return main(monkeypatch, "run", "slides", "-o", *(arguments or ("out",)))
+
+
+def one_line(text: str) -> str:
+    assert text.count("\n") == 1, text
+    assert "Traceback" not in text
+    return text
+
+
+@pytest.mark.parametrize(
+    ("states", "interrupted", "code"),
+    [("done empty", False, 0), ("failed", False, 2), ("done failed", False, 3), ("done", True, 130)],
+)
+def test_reports(monkeypatch, capsys, states, interrupted, code):
+    rows = tuple(Outcome(f"s{i}", state, "open", message="why") for i, state in enumerate(states.split()))
+    monkeypatch.setattr(batch, "run", lambda *_, **__: Report(rows, interrupted=interrupted))
+    assert main(monkeypatch, "run", "slides", "-o", "out") == code
+    text = capsys.readouterr().out
+    assert ("open: why" in text) == ("failed" in states)
+    assert ("the same command resumes" in text) == interrupted
+
+
+def test_usage_errors_are_1(monkeypatch, capsys):
+    assert ending(monkeypatch, UsageError("no such folder")) == 1
+    assert one_line(capsys.readouterr().err) == "error: no such folder\n"
+    assert not list(Path.cwd().iterdir())
+
+
+def test_a_stop_is_4(monkeypatch, capsys):
+    assert ending(monkeypatch, RunStopped("no space left")) == 4
+    said = one_line(capsys.readouterr().err)
+    assert said.startswith("stopped: no space left")
+    assert "the same command resumes" in said
+
+
+def test_ctrl_c_is_130(monkeypatch, capsys):
+    assert ending(monkeypatch, KeyboardInterrupt()) == 130
+    assert "Traceback" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["run"],
+        ["run", "slides"],
+        ["run", "slides", "-o", "out", "--levels", "many"],
+        ["run", "slides", "-o", "out", "--levelz", "3"],
+        ["run", "slides", "-o", "out", "--workers", "0"],
+        ["run", "slides", "-o", "out", "--levels", "99"],
+        ["run", "slides", "-o", "out", "--preset", "hvitt"],
+        ["run", "slides", "-o", "out", "--config", "none.toml"],
+        ["train", "out"],
+        ["train", "out", "--labels", "l.csv", "--option", "gated"],
+        ["nothing"],
+        ["status", "nowhere"],
+    ],
+)
+def test_a_request_at_fault_is_1_and_writes_nothing(monkeypatch, capsys, arguments):
+    monkeypatch.setattr(batch, "run", lambda *_, **__: pytest.fail("it ran"))
+    assert main(monkeypatch, *arguments) == 1
+    said = capsys.readouterr().err
+    assert said
+    assert "Traceback" not in said
+    assert not list(Path.cwd().iterdir())
+
+
+# --- faults of ours --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "error", [ZeroDivisionError("by zero"), OSError(5, "Input/output error"), BrokenBag("a", "store", "x")]
+)
+def test_a_fault_of_ours_is_4_with_its_traceback_in_a_log(monkeypatch, capsys, error):
+    Path("out/logs").mkdir(parents=True)
+    assert ending(monkeypatch, error) == 4
+    said = one_line(capsys.readouterr().err)
+    (log,) = Path("out/logs").iterdir()
+    assert str(error) in said
+    assert str(log) in said
+    text = log.read_text()
+    assert text.startswith("slidestream run slides -o out\n")
+    assert "Traceback" in text
+    assert type(error).__name__ in text
+
+
+def test_an_error_without_words_is_named(monkeypatch, capsys):
+    ending(monkeypatch, AssertionError())
+    assert "AssertionError" in one_line(capsys.readouterr().err)
+    ending(monkeypatch, ValueError("two\nlines"))
+    assert "two lines" in one_line(capsys.readouterr().err)
+
+
+def test_without_an_output_folder_the_log_stands_here(monkeypatch, capsys):
+    assert ending(monkeypatch, ValueError("odd")) == 4
+    (log,) = Path.cwd().iterdir()
+    assert str(log) in capsys.readouterr().err
+
+
+def test_the_log_of_a_command_on_an_output_folder(monkeypatch):
+    Path("out/logs").mkdir(parents=True)
+    Path("out/run.json").write_text("{}")
+    monkeypatch.setattr(output, "status_lines", lambda _: 1 / 0)
+    assert main(monkeypatch, "status", "out") == 4
+    assert len(list(Path("out/logs").iterdir())) == 1
+
+
+@pytest.mark.parametrize("places", [1, 2, 99])
+def test_where_no_log_can_be_written_it_is_still_4(monkeypatch, capsys, tmp_path, places):
+    Path("out/logs").mkdir(parents=True)
+    left = [places]
+
+    def full(self, *given, original=Path.write_text, **options):
+        left[0] -= 1
+        if left[0] >= 0:
+            raise OSError(28, "No space left on device")
+        return original(self, *given, **options)
+
+    monkeypatch.setattr(Path, "write_text", full)
+    monkeypatch.setattr(cli.tempfile, "gettempdir", lambda: str(tmp_path / "out"))
+    assert ending(monkeypatch, OSError(28, "No space left on device")) == 4
+    said = capsys.readouterr().err
+    assert said.startswith("stopped by a fault of slidestream: [Errno 28] No space left")
+    where = {1: Path.cwd(), 2: Path("out")}.get(places)
+    if where is None:
+        assert "Traceback" in said
+    else:
+        assert list(where.glob("slidestream-*.log"))
+
+
+def test_names_that_are_no_utf8_can_be_logged(monkeypatch, capsys):
+    assert ending(monkeypatch, ValueError("caf\udce9"), "out\udce9") == 4
+    (log,) = Path.cwd().glob("*.log")
+    assert "caf" in log.read_text()
+
+
+def test_functions_of_the_current_folder_are_found(monkeypatch, tmp_path):
+    (tmp_path / "own_tiler_of_mine.py").write_text("def tiles(slide, mask, config): ...\n")
+    found = []
+
+    def run(*_, config, **__):
+        from pipeline.stages import load_tiler
+
+        found.append(load_tiler(config.tiler).__module__)
+        return Report(())
+
+    monkeypatch.setattr(batch, "run", run)
+    assert main(monkeypatch, "run", "s", "-o", "o", "--tiler", "own_tiler_of_mine:tiles") == 0
+    assert found == ["own_tiler_of_mine"]
+    sys.modules.pop("own_tiler_of_mine")
+
+
+# --- progress --------------------------------------------------------------------------------------------------------
+
+
+def test_plain_lines_where_there_is_no_terminal(capsys):
+    with cli._Terminal() as terminal:
+        terminal.start(3, 2)
+        terminal.slide(Outcome("a.svs", "done", tiles=12, seconds=1.26))
+        terminal.tiles(12)
+        terminal.slide(Outcome("b.svs", "failed", "open", message="it is cut"))
+    assert capsys.readouterr().out.splitlines() == [
+        "3 slides, 1 finished before, 2 to do",
+        "[2/3] done    a.svs  12 tiles  1.3 s",
+        "[3/3] failed  b.svs  it is cut  0.0 s",
+    ]
+
+
+def test_bars_on_a_terminal(monkeypatch, capsys):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    with cli._Terminal() as terminal:
+        terminal.start(3, 2)
+        terminal.slide(Outcome("a[b].svs", "failed", message="[red]it is cut[/x]"))
+        terminal.tiles(12)
+        assert terminal.bars.tasks[0].completed == 2
+        assert terminal.bars.tasks[1].completed == 12
+    assert "failed a[b].svs: [red]it is cut[/x]" in capsys.readouterr().out, "names are no markup"

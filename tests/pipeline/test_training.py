@@ -1,0 +1,438 @@
+"""Labels × stored bags → a model folder: who is trained on, what is refused, and that a seed decides the bytes."""
+
+import json
+import shutil
+import sys
+import types
+
+import numpy as np
+import pytest
+import torch
+from sklearn.metrics import roc_auc_score
+
+from heads import load_head
+from heads.train import inverse_frequency
+from pipeline import training as module
+from pipeline.errors import UsageError
+from pipeline.prediction import load_model
+from pipeline.quadtree import QuadTree, build_quadtree
+from pipeline.readers import open_slide
+from pipeline.store import BagStore
+from pipeline.tissue import TissueMask
+from pipeline.training import StoredBags, measure, read_labels, train
+
+DIM, PX = 4, 8
+OPTIONS = {"hidden": 6, "attention": 3}
+QUICK = {"epochs": 4, "lr": 1e-2} | OPTIONS
+
+
+def tree(seed: int, encode_levels="all") -> QuadTree:
+    slide = open_slide(np.zeros((64, 64, 3), np.uint8), mpp=0.5)
+    image = np.random.default_rng(seed).random((8, 8)) > 0.4
+    mask = TissueMask(image, (PX, PX), 4.0, "t")
+    return build_quadtree(slide, mask, mpp=0.5, tile_px=PX, levels=2, encode_levels=encode_levels)
+
+
+def add(
+    store, slide, seed, shift=0.0, status="complete", key="mine", encode_levels="all", feature_hash="fh", invalid=()
+):
+    table = tree(seed, encode_levels)
+    group = store.group(slide)
+    if group.status == "missing":
+        group.begin(slide={"path": slide})
+        group.write_tissue(TissueMask(np.ones((8, 8), bool), (PX, PX), 4.0, "t"), np.zeros((8, 8, 3), np.uint8), "h")
+        group.write_tiles(table)
+    rows = len(table.encoded_rows)
+    x = np.random.default_rng(seed).normal(size=(rows, DIM)).astype(np.float32)
+    x[:, 0] += shift
+    valid = np.ones(rows, bool)
+    valid[list(invalid)] = False
+    features = group.features(key)
+    facts = {"dim": DIM, "name": key}
+    features.begin(rows, DIM, "float32", feature_hash=feature_hash, encoder=facts, weights_sha256="none", n=seed)
+    features.write_chunk(0, x * valid[:, None], valid)
+    features.finish()
+    group.finish(status)
+    return group
+
+
+def write_run(root, keys=("mine",)):
+    encoders = {key: {"name": key, "weights_file": None, "force_scale": False} for key in keys}
+    about = {"root": "/slides", "recipe": {"mpp": 0.5, "levels": 2}, "encoders": encoders, "versions": {"zarr": "3"}}
+    (root / "run.json").write_text(json.dumps(about))
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    root = tmp_path_factory.mktemp("made")
+    for i in range(16):
+        add(BagStore(root), f"s{i:02}.svs", i, shift=1.5 * (i % 2))
+    write_run(root)
+    return root
+
+
+@pytest.fixture
+def out(made, tmp_path):
+    """16 slides, every other one positive; a copy that may be spoilt."""
+    return shutil.copytree(made, tmp_path, dirs_exist_ok=True)
+
+
+def table(out, rows, header="slide,label"):
+    (out / "labels.csv").write_text("\n".join([header, *rows]) + "\n")
+    return out / "labels.csv"
+
+
+def all_rows(extra=lambda i: ""):
+    return [f"s{i:02}.svs,{'pos' if i % 2 else 'neg'}{extra(i)}" for i in range(16)]
+
+
+def model_bytes(trained) -> bytes:
+    return (trained.folder / "model.safetensors").read_bytes()
+
+
+# --- the model -------------------------------------------------------------------------------------------------------
+
+
+def test_a_model_folder_says_all_that_predicting_needs(out):
+    trained = train(out, table(out, all_rows()), **QUICK, seed=3)
+    assert trained.folder == out / "models/abmil"
+    model = load_model(trained.folder)
+    about = model.about
+    assert (model.classes, model.level, about["dim"]) == (["neg", "pos"], 0.5, DIM)
+    assert (about["encoder_key"], about["feature_hash"], about["encoded_mpp"]) == ("mine", "fh", [1.0, 0.5])
+    assert about["recipe"] == {"mpp": 0.5, "levels": 2, "encoder": "mine", "weights": None, "force_scale": False}
+    assert about["training"]["seed"] == 3
+    assert about["metrics"] == trained.metrics
+    assert {"hidden": 6, "attention": 3}.items() <= about["options"].items()
+    assert sorted(slide for part in about["training"]["slides"].values() for slide in part) == [
+        f"s{i:02}.svs" for i in range(16)
+    ]
+
+
+def test_it_learns_what_can_be_learned(out):
+    trained = train(out, table(out, all_rows(lambda i: f",{'test' if i > 11 else 'train'}"), "slide,label,split"),
+                    epochs=30, lr=1e-2, **OPTIONS)  # fmt: skip
+    assert trained.metrics["test"] == {"slides": 4.0, "accuracy": 1.0, "balanced_accuracy": 1.0, "auc": 1.0}
+
+
+def test_a_seed_decides_the_bytes(out):
+    labels = table(out, all_rows())
+    torch.manual_seed(1)
+    a = train(out, labels, name="a", **QUICK, dropout=0.3)
+    torch.manual_seed(2)
+    b = train(out, labels, name="b", **QUICK, dropout=0.3)
+    assert model_bytes(a) == model_bytes(b)
+    assert a.metrics == b.metrics
+    assert (a.folder / "model.json").read_bytes() == (b.folder / "model.json").read_bytes()
+    assert model_bytes(train(out, labels, name="c", seed=1, **QUICK, dropout=0.3)) != model_bytes(a)
+
+
+def test_the_callers_random_numbers_stay_his(out):
+    labels = table(out, all_rows())
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    train(out, labels, **QUICK)
+    assert torch.equal(torch.rand(3), expected)
+
+
+def misled(out):
+    """Slides 0-3 validate, two of them under the wrong label: the surer the head, the higher the validation loss."""
+    truth = [1, 0, 0, 1] + [i % 2 for i in range(4, 16)]
+    rows = [f"s{i:02}.svs,{['neg', 'pos'][y]},{'val' if i < 4 else 'train'}" for i, y in enumerate(truth)]
+    return table(out, rows, "slide,label,split"), truth
+
+
+def test_the_best_epoch_is_kept(out):
+    losses = []
+    labels, truth = misled(out)
+    trained = train(out, labels, epochs=12, patience=12, lr=3e-3, **OPTIONS, on_epoch=lambda *a: losses.append(a[2]))
+    assert len(losses) == 12
+    assert trained.best_epoch == int(np.argmin(losses))
+    assert trained.best_epoch < 11, "the last epoch must not be the best, or this shows nothing"
+    model = load_model(trained.folder)
+    weight = inverse_frequency(torch.tensor(truth[4:]), 2)
+    with torch.no_grad():
+        logits = [model.head(BagStore(out).bag(f"s{i:02}.svs").at(0.5)).logits for i in range(4)]
+    naive = [float(-row.log_softmax(0)[y] * weight[y]) for row, y in zip(logits, truth, strict=False)]
+    assert np.mean(naive) == pytest.approx(min(losses), rel=1e-5)
+
+
+def test_patience_ends_it(out):
+    losses = []
+    train(out, misled(out)[0], epochs=50, patience=2, lr=1e-2, **OPTIONS, on_epoch=lambda *a: losses.append(a[2]))
+    assert len(losses) == int(np.argmin(losses)) + 3 < 50
+
+
+# --- who is trained on -----------------------------------------------------------------------------------------------
+
+
+def test_slides_of_the_test_split_change_nothing(out):
+    rows = all_rows(lambda i: f",{'test' if i > 11 else 'train'}")
+    clean = train(out, table(out, rows, "slide,label,split"), name="clean", **QUICK)
+    store = BagStore(out)
+    for i in range(12, 16):  # poison: other features, other labels
+        group = store.group(f"s{i:02}.svs")
+        group.drop("features")
+        add(store, f"s{i:02}.svs", i, shift=-1000.0)
+    poisoned = [
+        row.replace("pos", "x").replace("neg", "pos").replace("x", "neg") if "test" in row else row for row in rows
+    ]
+    dirty = train(out, table(out, poisoned, "slide,label,split"), name="dirty", **QUICK)
+    assert model_bytes(clean) == model_bytes(dirty)
+    assert clean.metrics["train"] == dirty.metrics["train"]
+    assert clean.metrics["val"] == dirty.metrics["val"]
+    store.group("s03.svs").drop("features")
+    add(store, "s03.svs", 3, shift=-1000.0)
+    other = train(out, table(out, poisoned, "slide,label,split"), name="other", **QUICK)
+    assert model_bytes(other) != model_bytes(dirty), "the same poison on a training slide is seen"
+
+
+def test_slides_of_the_validation_change_no_step(out):
+    rows = all_rows(lambda i: f",{'val' if i > 11 else 'train'}")
+    losses = {"clean": [], "dirty": []}
+    for name in losses:
+        train(out, table(out, rows, "slide,label,split"), name=name, **QUICK,
+              on_epoch=lambda _, loss, __, name=name: losses[name].append(loss))  # fmt: skip
+        for i in range(12, 16):
+            BagStore(out).group(f"s{i:02}.svs").drop("features")
+            add(BagStore(out), f"s{i:02}.svs", i, shift=-5.0)
+    assert losses["clean"] == losses["dirty"]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_no_patient_is_on_both_sides(out, seed):
+    labels = table(out, all_rows(lambda i: f",p{i // 4}"), "slide,label,patient")
+    about = load_model(train(out, labels, seed=seed, **QUICK).folder).about["training"]
+    owner = {f"s{i:02}.svs": i // 4 for i in range(16)}
+    sides = [{owner[slide] for slide in about["slides"][part]} for part in ("train", "val")]
+    assert not sides[0] & sides[1]
+    assert all(sides)
+    assert "patient" in about["split"]
+
+
+def test_a_table_that_parts_a_patient_is_refused(out):
+    rows = all_rows(lambda i: f",p{i // 2},{'test' if i == 15 else 'train'}")
+    with pytest.raises(UsageError, match=r"more than one side of the split.*p7"):
+        train(out, table(out, rows, "slide,label,patient,split"), **QUICK)
+
+
+def test_the_splits_of_the_table_are_taken(out):
+    names = {
+        **dict.fromkeys(range(8), "Train"),
+        **dict.fromkeys(range(8, 12), "validation"),
+        **dict.fromkeys(range(12, 16), "TEST"),
+    }
+    about = load_model(
+        train(out, table(out, all_rows(lambda i: f",{names[i]}"), "slide,label,split"), **QUICK).folder
+    ).about
+    assert [len(about["training"]["slides"][part]) for part in ("train", "val", "test")] == [8, 4, 4]
+    assert about["training"]["slides"]["test"] == [f"s{i:02}.svs" for i in range(12, 16)]
+    assert about["training"]["split"] == "by the table"
+
+
+def test_without_a_split_a_fifth_validates(out):
+    about = load_model(train(out, table(out, all_rows()), **QUICK).folder).about["training"]
+    assert 3 <= len(about["slides"]["val"]) <= 4
+    assert "test" not in about["slides"]
+    labels = [[int(slide[1:3]) % 2 for slide in slides] for slides in about["slides"].values()]
+    assert all(set(side) == {0, 1} for side in labels)
+
+
+# --- labels ----------------------------------------------------------------------------------------------------------
+
+
+def test_nothing_is_left_out_quietly(out):
+    store = BagStore(out)
+    add(store, "unfinished.svs", 50, status="writing")
+    store.group("none.svs").begin(slide={"path": "none.svs"})
+    store.group("none.svs").finish("empty")
+    known = read_labels(table(out, [*all_rows()[2:], "unfinished.svs,pos", "none.svs,neg", "gone.svs,pos"]), store)
+    assert known.slides == [f"s{i:02}.svs" for i in range(2, 16)]
+    assert known.labels == ["pos" if i % 2 else "neg" for i in range(2, 16)]
+    assert known.patients is known.splits is None
+    unknown, unusable, unlabelled = known.warnings
+    assert "1 rows name no slide of this store: gone.svs" in unknown
+    assert "none.svs, unfinished.svs" in unusable
+    assert "2 slides of the store have no label: s00.svs, s01.svs" in unlabelled
+    assert train(out, out / "labels.csv", **QUICK).warnings == known.warnings
+
+
+def test_an_empty_patient_is_one_of_its_own(out):
+    known = read_labels(table(out, all_rows(lambda i: ",p" if i < 2 else ","), "slide,label,patient"), BagStore(out))
+    assert known.patients == ["p", "p", *(f"s{i:02}.svs" for i in range(2, 16))]
+
+
+@pytest.mark.parametrize(
+    ("rows", "header", "words"),
+    [
+        ([*all_rows(), "s00.svs,pos"], "slide,label", "two rows for s00.svs that differ"),
+        (["s00.svs,", "s01.svs,pos"], "slide,label", "empty label"),
+        (["x.svs,1", "y.svs,2"], "slide,label", "not one row"),
+        (["s00.svs,pos", "s01.svs,pos"], "slide,label", "one class alone"),
+        (["s00.svs,neg", "s01.svs,pos"], "slide,label", "no validation set"),
+        (all_rows(lambda i: ",later"), "slide,label,split", "split of s00.svs is 'later'"),
+        (all_rows(lambda i: f",{'train' if i % 2 else 'val'}"), "slide,label,split", "one class only"),
+        ([row.split(",")[0] for row in all_rows()], "slide", "no column 'label'"),
+    ],
+)
+def test_tables_that_cannot_be_trained_on(out, rows, header, words):
+    with pytest.raises(UsageError, match=words):
+        train(out, table(out, rows, header), **QUICK)
+    assert not (out / "models").exists()
+
+
+def test_the_same_row_twice_is_no_contradiction(out):
+    assert len(read_labels(table(out, [*all_rows(), all_rows()[0]]), BagStore(out)).slides) == 16
+
+
+def test_labels_are_text(out):
+    rows = [row.replace("neg", "01").replace("pos", "1") for row in all_rows()]
+    assert load_model(train(out, table(out, rows), **QUICK).folder).classes == ["01", "1"]
+
+
+# --- what is asked for -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("level", [1.0, 0.5])
+def test_the_level_that_is_asked_for(out, level):
+    labels = table(out, all_rows())
+    seen = StoredBags(BagStore(out), ["s00.svs"], "mine", level)[0]
+    assert len(seen.levels) == 1
+    assert seen.levels[0].mpp == level
+    model = load_model(train(out, labels, level=level, **QUICK).folder)
+    assert model.level == level
+    assert model.choose(BagStore(out).bag("s00.svs")).levels[0].mpp == level
+
+
+def test_a_level_without_features_is_refused(tmp_path):
+    for i in range(8):
+        add(BagStore(tmp_path), f"s{i:02}.svs", i, encode_levels="finest")
+    write_run(tmp_path)
+    labels = table(tmp_path, all_rows()[:8])
+    with pytest.raises(UsageError, match=r"there are 0\.5"):
+        train(tmp_path, labels, level=1.0, **QUICK)
+    assert load_model(train(tmp_path, labels, **QUICK).folder).level == 0.5
+
+
+def test_one_of_several_encoders(out):
+    for i in range(16):
+        add(BagStore(out), f"s{i:02}.svs", i, key="other", feature_hash="fh2")
+    write_run(out, ("mine", "other"))
+    labels = table(out, all_rows())
+    with pytest.raises(UsageError, match="say which: mine, other"):
+        train(out, labels, **QUICK)
+    assert load_model(train(out, labels, encoder="other", **QUICK).folder).about["feature_hash"] == "fh2"
+
+
+def test_slides_of_different_features_are_refused(out):
+    BagStore(out).group("s03.svs").drop("features")
+    add(BagStore(out), "s03.svs", 3, feature_hash="another")
+    with pytest.raises(UsageError, match="not all slides have the same features"):
+        train(out, table(out, all_rows()), **QUICK)
+
+
+@pytest.mark.parametrize("name", ["../m", "a/b", "", "..", ".", ".hidden", "a b", "m\n"])
+def test_names_that_are_no_folder(out, name):
+    if name == "":
+        assert train(out, table(out, all_rows()), name=name, **QUICK).folder.name == "abmil"
+        return
+    with pytest.raises(UsageError, match="name becomes a folder"):
+        train(out, table(out, all_rows()), name=name, **QUICK)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"head": "abmill"}, "did you mean 'abmil'"),
+        ({"hiden": 4}, "did you mean 'hidden'"),
+        ({"attention": 0}, "at least 1"),
+        ({"head": "nothing:here"}, "cannot load"),
+    ],
+)
+def test_heads_that_cannot_be_made(out, options, words):
+    with pytest.raises(UsageError, match=words):
+        train(out, table(out, all_rows()), epochs=1, **options)
+
+
+def test_a_head_of_ones_own(out, monkeypatch):
+    own = types.ModuleType("own_head")
+    own.build = lambda dim, classes: load_head("mean", dim, classes)
+    monkeypatch.setitem(sys.modules, "own_head", own)
+    trained = train(out, table(out, all_rows()), head="own_head:build", epochs=2)
+    assert trained.folder.name == "own_head--build"
+    assert load_model(trained.folder).about["head"] == "own_head:build"
+
+
+def test_no_output_folder(tmp_path):
+    with pytest.raises(UsageError, match="no output folder"):
+        train(tmp_path, tmp_path / "labels.csv")
+
+
+def damaged(out):
+    path = BagStore(out).group("s05.svs").path / "features/mine/x/c/0/0"
+    data = bytearray(path.read_bytes())
+    data[7] ^= 1
+    path.write_bytes(data)
+    return {}, "s05.svs.*damaged"
+
+
+def invalid_level(out):
+    BagStore(out).group("s05.svs").drop("features")
+    coarse = tree(5).levels[0]
+    add(BagStore(out), "s05.svs", 5, invalid=range(coarse.stop))
+    return {"level": 1.0}, "s05.svs"
+
+
+def exploding(out):
+    return {"lr": 1e30}, "a lower lr"
+
+
+@pytest.mark.parametrize("fault", [damaged, invalid_level, exploding])
+def test_what_goes_wrong_on_the_way_is_said_and_leaves_no_model(out, fault):
+    options, words = fault(out)
+    with pytest.raises(UsageError, match=words):
+        train(out, table(out, all_rows()), **QUICK | {"epochs": 30} | options)
+    assert not (out / "models").exists()
+
+
+# --- pieces ----------------------------------------------------------------------------------------------------------
+
+
+def test_bags_are_kept_only_while_they_fit(out, monkeypatch):
+    store = BagStore(out)
+    names = [f"s{i:02}.svs" for i in range(6)]
+    reads = []
+    monkeypatch.setattr(
+        BagStore, "bag", lambda self, *a, original=BagStore.bag: reads.append(a[0]) or original(self, *a)
+    )
+    size = store.bag(names[0], "mine").at(0.5).features.nbytes
+    reads.clear()
+    monkeypatch.setattr(module, "CACHE_BYTES", int(size * 2.5))
+    bags = StoredBags(store, names, "mine", 0.5)
+    for _ in range(3):
+        assert [bag.slide for bag in bags[:]] == names
+    kept = [name for name in names if reads.count(name) == 1]
+    assert 2 <= len(kept) <= 4
+    assert all(reads.count(name) == 3 for name in names if name not in kept)
+    assert len(bags) == 6
+
+
+def test_metrics_against_a_count_by_hand():
+    p = np.array([[0.9, 0.1], [0.2, 0.8], [0.6, 0.4], [0.3, 0.7], [0.45, 0.55]])
+    truth = np.array([0, 1, 1, 0, 1])
+    pairs = [(p[i, 1] > p[j, 1]) + 0.5 * (p[i, 1] == p[j, 1]) for i in (1, 2, 4) for j in (0, 3)]
+    assert measure(p, truth) == pytest.approx(
+        {"slides": 5, "accuracy": 3 / 5, "balanced_accuracy": (1 / 2 + 2 / 3) / 2, "auc": np.mean(pairs)}
+    )
+
+
+def test_metrics_of_one_class_and_of_three():
+    one = measure(np.array([[0.9, 0.1], [0.2, 0.8]]), np.array([0, 0]))
+    assert one == {"slides": 2.0, "accuracy": 0.5}
+    rng = np.random.default_rng(0)
+    p, truth = rng.dirichlet(np.ones(3), 30), np.arange(30) % 3
+    each = [roc_auc_score(truth == c, p[:, c]) for c in range(3)]
+    assert measure(p, truth)["auc"] == pytest.approx(np.mean(each))
+    p[:, 2] = 0
+    assert "auc" not in measure(p, np.arange(30) % 2), "a class of three is not there"
