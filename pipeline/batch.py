@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import lru_cache
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -301,12 +302,29 @@ def _client(scheduler: str | None, workers: int | None, slides: int, todo: list[
                 client.wait_for_workers(1, timeout=60)
             yield client
         return
-    cluster = _local_cluster(min(workers or os.cpu_count() or 1, slides))
+    cluster = None
     try:
+        with _deaf_to_control_c():
+            cluster = _local_cluster(min(workers or os.cpu_count() or 1, slides))
         with Client(cluster, set_as_default=False) as client:
             yield client
     finally:
-        cluster.close(timeout=10)
+        if cluster is not None:
+            cluster.close(timeout=10)
+
+
+@contextmanager
+def _deaf_to_control_c() -> Iterator[None]:
+    """Threads and processes started in here never see SIGINT; ours is answered on the way out.
+
+    A worker that is still importing would answer Ctrl-C with 60 lines of traceback: pipeline.quiet comes too late.
+    """
+    resource_tracker.ensure_running()  # when it starts it unblocks what is blocked
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _local_cluster(workers: int) -> SpecCluster:
@@ -329,7 +347,9 @@ def _local_cluster(workers: int) -> SpecCluster:
         }
 
     spec = {name: {"cls": Nanny, "options": options(name)} for name in range(workers)}
-    server = {"cls": Scheduler, "options": {"dashboard": False, "host": "127.0.0.1", "port": 0}}
+    # Even without a dashboard the scheduler serves HTTP: on loopback, on any free port.
+    quiet = {"dashboard": False, "dashboard_address": "127.0.0.1:0", "host": "127.0.0.1", "port": 0}
+    server = {"cls": Scheduler, "options": quiet}
     return SpecCluster(workers=spec, scheduler=server, silence_logs=logging.CRITICAL)
 
 

@@ -134,6 +134,9 @@ def prepare(file: SlideFile, recipe: Recipe, out: Path) -> Outcome:
             outcome = _prepare(file, recipe, out, slide, fingerprint(file.path))
     except SlideError as error:
         outcome = failed(file.name, error)
+        group = BagStore(out).group(file.name)
+        if group.status in ("complete", "empty"):  # of a file that is not this one any more
+            group.update(status="writing")
     return outcome.after(perf_counter() - started)
 
 

@@ -233,7 +233,10 @@ class SlideGroup:
         lost = missing_chunks(self.path / name, array)
         if lost:
             raise self._broken(f"{name}: chunk {lost[0]} is missing")
-        return np.asarray(array[...])
+        try:
+            return np.asarray(array[...])
+        except ValueError as error:
+            raise self._broken(f"{name} is damaged ({error})") from error
 
     def _broken(self, what: str) -> BrokenBag:
         return BrokenBag(
@@ -380,7 +383,8 @@ class Features:
 
     def chunks_are_there(self) -> bool:
         """Every chunk is stored, in its full size where that is known; no chunk is read."""
-        return not any(missing_chunks(self.path / name, self._open(name, "r")) for name in ("x", "valid"))
+        with self.group._door():
+            return not any(missing_chunks(self.path / name, self._open(name, "r")) for name in ("x", "valid"))
 
     def finish(self, **attrs: Any) -> None:
         self.group._zarr[f"features/{self.key}"].attrs.put(self.attrs | attrs | {"status": "complete"})
