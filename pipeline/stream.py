@@ -39,7 +39,7 @@ class _Reader:
     def __init__(self, slide: Slide, tree: QuadTree, wanted: np.ndarray | None) -> None:
         self.slide, self.tree, self.px = slide, tree, tree.tile_px
         self.top, self.bottom = min(tree.encoded_levels), max(tree.encoded_levels)
-        self.source = source_level(slide, tree.levels[self.bottom].mpp)
+        self.source = source_level(slide, tree.levels[-1].mpp)  # also where the finest level is not encoded
         self.boxes = {k: tree.boxes(k) for k in range(self.top, self.bottom + 1)}
         counts = [level.stop - level.start if k in tree.encoded_levels else 0 for k, level in enumerate(tree.levels)]
         self.first = np.concatenate([[0], np.cumsum(counts)])  # the first encoded row of each level

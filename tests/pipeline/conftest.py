@@ -1,0 +1,41 @@
+"""What several of these tests need: pixels that are their own address, and a naive area mean to judge by."""
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+
+def _address(width: int, height: int) -> np.ndarray:
+    """(height, width, 3) uint8: the colour of a pixel is its address, and neighbours differ by 37, 41 and 59 grey."""
+    x, y = np.meshgrid(np.arange(width), np.arange(height))
+    return np.stack([x * 37 % 256, y * 41 % 256, (x // 256 * 16 + y // 256 + 59 * (x + y)) % 256], axis=2).astype(
+        np.uint8
+    )
+
+
+def _area_mean(pixels: np.ndarray, box: tuple[float, float, float, float], shape: tuple[int, int]) -> np.ndarray:
+    """(h, w, 3) float64: the mean over `shape` = (w, h) equal cells of `box` = (x, y, width, height); outside is white.
+
+    From the running integral of the image, which is linear within a pixel: no weights, no borders, no rounding.
+    """
+    values = pixels.astype(np.float64)
+    for axis, start, length, cells in ((0, box[1], box[3], shape[1]), (1, box[0], box[2], shape[0])):
+        edges = start + np.arange(cells + 1) * length / cells
+        total = np.concatenate([np.zeros_like(values.take([0], axis)), (values - 255).cumsum(axis)], axis)
+        inside = np.clip(edges, 0, values.shape[axis])
+        low = np.minimum(np.floor(inside).astype(int), values.shape[axis] - 1)
+        part = (inside - low).reshape(-1, *[1] * (2 - axis))
+        integral = total.take(low, axis) * (1 - part) + total.take(low + 1, axis) * part
+        values = 255 + np.diff(integral, axis=axis) / (length / cells)
+    return values
+
+
+@pytest.fixture(scope="session")
+def address() -> Callable[[int, int], np.ndarray]:
+    return _address
+
+
+@pytest.fixture(scope="session")
+def area_mean() -> Callable[..., np.ndarray]:
+    return _area_mean
