@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .config import Config, EncodeConfig, TileConfig, TissueConfig, make_config
+from .config import Config, EncodeConfig, TileConfig, TissueConfig, make_config, read_toml
 from .errors import RunStopped, UsageError
 
 app = typer.Typer(
@@ -121,20 +121,27 @@ def run(
     """
     from .batch import run as run_batch
 
-    recipe = make_config(preset, config, **settings or {})
+    values = (read_toml(config) if config else {}) | (settings or {}) | ({"preset": preset} if preset else {})
+    options = _run_options(values, workers=workers, scheduler=scheduler, mpp_csv=mpp_csv)
+    recipe = make_config(**values)
     with _Terminal() as terminal:
-        report = run_batch(
-            slides,
-            out,
-            config=recipe,
-            mpp_csv=mpp_csv,
-            workers=workers,
-            scheduler=scheduler,
-            redo=redo,
-            progress=terminal,
-        )
+        report = run_batch(slides, out, config=recipe, redo=redo, progress=terminal, **options)
     _tell(report, out)
     raise typer.Exit(report.exit_code)
+
+
+RUN_KEYS = {"workers": int, "scheduler": str, "mpp_csv": str}
+
+
+def _run_options(values: dict[str, Any], **flags: Any) -> dict[str, Any]:
+    """How the work is done: taken out of `values` (a TOML file's), where a flag does not say it."""
+    options = {}
+    for name, kind in RUN_KEYS.items():
+        given = values.pop(name, None)
+        if given is not None and (not isinstance(given, kind) or isinstance(given, bool)):
+            raise UsageError(f"{name}: {given!r} in the configuration is no {kind.__name__}")
+        options[name] = given if flags[name] is None else flags[name]
+    return options
 
 
 @app.command()
@@ -354,7 +361,7 @@ def _tell(report: Any, out: Path) -> None:
         _say(f"failed  {outcome.slide}\n        {outcome.stage}: {outcome.message}")
     counts = ", ".join(f"{number} {status}" for status, number in sorted(report.counts.items()))
     encoded = f"; {report.tiles_encoded} tiles encoded" if report.tiles_encoded else ""
-    _say(f"{counts or 'nothing to do'}{encoded}; {report.seconds:.1f} s; {out}")
+    _say(f"{counts or 'no slide is finished'}{encoded}; {report.seconds:.1f} s; {out}")
     if report.interrupted:
         _say("interrupted; the same command resumes")
 

@@ -138,18 +138,11 @@ class Config(TissueConfig, TileConfig, EncodeConfig):
         return EncodeConfig(**{name: getattr(self, name) for name in EncodeConfig.model_fields})
 
 
-def make_config(preset: str | None = None, file: str | Path | None = None, **settings: Any) -> Config:
-    """A Config from a preset, then a TOML file, then keywords; the later wins. UsageError names what is wrong."""
-    values: dict[str, Any] = {}
-    if file is not None:
-        values = read_toml(file)
-        own = values.pop("preset", None)
-        preset = own if preset is None else preset
-    if preset is not None:
-        if str(preset) not in PRESETS:
-            raise UsageError(nearest(str(preset), list(PRESETS), "preset"))
-        values = PRESETS[preset] | values
-    values |= settings
+def make_config(preset: str | None = None, **settings: Any) -> Config:
+    """A Config from a preset and single settings, which win over it. UsageError names what is wrong."""
+    if preset is not None and str(preset) not in PRESETS:
+        raise UsageError(nearest(str(preset), list(PRESETS), "preset"))
+    values = (PRESETS[str(preset)] if preset is not None else {}) | settings
     for key in values:
         if key not in Config.model_fields:
             raise UsageError(nearest(key, list(Config.model_fields), "setting"))
@@ -161,6 +154,7 @@ def make_config(preset: str | None = None, file: str | Path | None = None, **set
 
 
 def read_toml(path: str | Path) -> dict[str, Any]:
+    """The keys of a TOML file. Raises UsageError."""
     try:
         return tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:

@@ -346,3 +346,19 @@ def test_bars_on_a_terminal(monkeypatch, capsys):
         assert terminal.bars.tasks[0].completed == 2
         assert terminal.bars.tasks[1].completed == 12
     assert "failed a[b].svs: [red]it is cut[/x]" in capsys.readouterr().out, "names are no markup"
+
+
+def test_the_file_may_say_how_the_work_is_done(tmp_path, monkeypatch):
+    seen = {}
+
+    def fake(slides, out, **options):
+        seen.update(options)
+        return Report(())
+
+    monkeypatch.setattr("pipeline.batch.run", fake)
+    file = tmp_path / "c.toml"
+    file.write_text('workers = 3\nmpp_csv = "m.csv"\nlevels = 2\n')
+    assert main(monkeypatch, "run", "s", "-o", "o", "--config", str(file), "--mpp-csv", "n.csv") == 0
+    assert (seen["workers"], str(seen["mpp_csv"]), seen["config"].levels) == (3, "n.csv", 2)
+    file.write_text('workers = "many"\n')
+    assert main(monkeypatch, "run", "s", "-o", "o", "--config", str(file)) == 1

@@ -10,7 +10,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline import cli
-from pipeline.config import PRESETS, Config, EncodeConfig, TileConfig, TissueConfig, difference, digest, make_config
+from pipeline.config import (
+    PRESETS,
+    Config,
+    EncodeConfig,
+    TileConfig,
+    TissueConfig,
+    difference,
+    digest,
+    make_config,
+    read_toml,
+)
 from pipeline.errors import UsageError
 
 # Another valid value for every setting.
@@ -69,7 +79,7 @@ def test_flags_are_the_fields():
 
 def test_every_setting_can_be_given_as_flag_toml_and_keyword(tmp_path, monkeypatch):
     seen = {}
-    monkeypatch.setattr(cli, "make_config", lambda preset, file, **settings: seen.update(settings) or _stop())
+    monkeypatch.setattr(cli, "make_config", lambda **settings: seen.update(settings) or _stop())
     for name in OTHER:
         config = changed(name)
         value = getattr(config, name)
@@ -84,7 +94,7 @@ def test_every_setting_can_be_given_as_flag_toml_and_keyword(tmp_path, monkeypat
         assert make_config(**{"levels": config.levels} | seen) == config
         toml = tmp_path / f"{name}.toml"
         toml.write_text(f"{name} = {_toml(value)}\n" + ("levels = 1\n" if name == "overlap" else ""))
-        assert make_config(file=toml) == config
+        assert make_config(**read_toml(toml)) == config
 
 
 class _Stop(Exception):
@@ -180,7 +190,7 @@ def test_an_unknown_setting_is_refused_with_the_nearest(wrong, meant):
 def test_unknown_setting_in_a_file_too(tmp_path):
     (tmp_path / "c.toml").write_text("mppp = 1\n")
     with pytest.raises(UsageError, match="Did you mean 'mpp'"):
-        make_config(file=tmp_path / "c.toml")
+        make_config(**read_toml(tmp_path / "c.toml"))
     with pytest.raises(ValueError, match="mppp"):
         Config(mppp=1)
 
@@ -193,10 +203,12 @@ def test_nobody_changes_a_config():
 def test_later_wins_preset_file_keywords(tmp_path):
     file = tmp_path / "c.toml"
     file.write_text('preset = "hipt"\nmin_tissue = 0.3\nmpp = 1.0\n')
-    config = make_config(file=file, mpp=2.0)
+    config = make_config(**read_toml(file) | {"mpp": 2.0})
     assert (config.levels, config.min_tissue, config.mpp) == (5, 0.3, 2.0)
     assert config.min_region_tissue == PRESETS["hipt"]["min_region_tissue"]
-    assert make_config("hvit", file, mpp=2.0).levels == 4, "a preset given wins over the one in the file"
+    assert make_config(**read_toml(file) | {"preset": "hvit"}).levels == 4, (
+        "a preset given wins over the one in the file"
+    )
 
 
 def test_presets_are_those_of_the_design():
@@ -215,7 +227,7 @@ def test_unknown_preset():
 def test_a_preset_that_is_no_text(tmp_path, text):
     (tmp_path / "c.toml").write_text(text)
     with pytest.raises(UsageError, match="preset"):
-        make_config(file=tmp_path / "c.toml")
+        make_config(**read_toml(tmp_path / "c.toml"))
 
 
 @pytest.mark.parametrize("content", [b"mpp 1", b"\xff\xfe", None])
@@ -224,7 +236,7 @@ def test_a_file_that_is_no_toml(tmp_path, content):
     if content is not None:
         file.write_bytes(content)
     with pytest.raises(UsageError, match=r"c\.toml"):
-        make_config(file=file)
+        make_config(**read_toml(file))
 
 
 def test_digest_is_stable():
