@@ -78,30 +78,17 @@ def _reader(name: str):  # type: ignore[no-untyped-def]  # a module
 
 
 def _open_file(path: Path, requested: str) -> Slide:
-    with _regular_file(path) as file:
-        head = file.read(132)
-        file.seek(0)
-        kind = sniff(head)
-        _refuse_impostor(path, head, kind)
-        if kind == "TIFF":
-            with slide_door(str(path), "open"):
-                fault = structure_fault(file)
-            if fault:
-                raise UnreadableSlide(str(path), "open", fault)
+    """The first reader that opens the file and vouches for its pixels; one that doubts them where no other will."""
+    kind, what = _examine(path)
     refusals: list[str] = []
     doubted: Slide | None = None
     for name in _in_order(kind) if requested == "auto" else (requested,):
-        module = _reader(name)
-        try:
-            with slide_door(str(path), "open"):
-                slide: Slide = module.open(path)
-        except UnreadableSlide as error:
-            refusals.append(f"{name}: {error.reason}")
+        slide = _open_with(name, path, refusals)
+        if slide is None:
             continue
-        slide.reader, slide.reader_version, slide.refusals = name, module.VERSION, tuple(refusals)
         slide.warnings = _name_warnings(path, kind)
         if doubted and slide.levels != doubted.levels:
-            slide.close()
+            slide.close()  # it knows less of this format than the one before
         elif slide.doubt:
             refusals.append(f"{name}: {slide.doubt}")
             doubted = slide
@@ -112,9 +99,34 @@ def _open_file(path: Path, requested: str) -> Slide:
     if doubted:
         doubted.warnings = (*doubted.warnings, f"{doubted.reader}: {doubted.doubt}")
         return doubted
-    raise UnreadableSlide(
-        str(path), "open", f"no reader here supports it ({kind or _describe(head)}). {' | '.join(refusals)}"
-    )
+    raise UnreadableSlide(str(path), "open", f"no reader here supports it ({what}). {' | '.join(refusals)}")
+
+
+def _examine(path: Path) -> tuple[str, str]:
+    """The format of a file by its content, and the same in words; what is certainly no whole slide is refused."""
+    with _regular_file(path) as file:
+        head = file.read(132)
+        file.seek(0)
+        kind = sniff(head)
+        _refuse_impostor(path, head)
+        if kind == "TIFF":
+            with slide_door(str(path), "open"):
+                fault = structure_fault(file)
+            if fault:
+                raise UnreadableSlide(str(path), "open", fault)
+    return kind, kind or _describe(head)
+
+
+def _open_with(name: str, path: Path, refusals: list[str]) -> Slide | None:
+    module = _reader(name)
+    try:
+        with slide_door(str(path), "open"):
+            slide: Slide = module.open(path)
+    except UnreadableSlide as error:
+        refusals.append(f"{name}: {error.reason}")
+        return None
+    slide.reader, slide.reader_version, slide.refusals = name, module.VERSION, tuple(refusals)
+    return slide
 
 
 def _in_order(kind: str) -> list[str]:
@@ -154,7 +166,7 @@ def _regular_file(path: Path) -> BinaryIO:
         raise UnreadableSlide(str(path), "open", reason) from error
 
 
-def _refuse_impostor(path: Path, head: bytes, kind: str) -> None:
+def _refuse_impostor(path: Path, head: bytes) -> None:
     for magic, what in NOT_SLIDES:
         if head.lstrip()[: len(magic)].lower() == magic.lower():
             raise UnreadableSlide(str(path), "open", f"not a slide but {what}")

@@ -38,6 +38,8 @@ def _doubt(path: Path, slide: "OpenSlideSlide") -> str:
         page = tif.pages.first
         planes = len(tif.series[0].pages)
         fault = _misread(page) if planes == 1 else f"it is a stack of {planes} images"  # the first would be shown
+        if tif.is_ome:
+            fault = "it is an OME-TIFF, with levels and a scale of its own"  # both would be lost
     if fault:
         slide.close()
         raise UnreadableSlide(str(path), "open", f"{fault}, which OpenSlide misreads")

@@ -29,10 +29,13 @@ def structure_fault(file: BinaryIO) -> str:
         fault = _chain_fault(file, tif, size)
         if fault:
             return fault
-        for number, page in enumerate(tif.pages):
-            fault = _page_fault(page.aspage(), size)
-            if fault:
-                return f"{fault} (image {number} of the file)"
+        for number, frame in enumerate(tif.pages):
+            page = frame.aspage()
+            below = page.pages if page.subifds and page.pages is not None else []  # OME-TIFF keeps its pyramid there
+            for part in (page, *below):
+                fault = _page_fault(part.aspage(), size)
+                if fault:
+                    return f"{fault} (image {number} of the file)"
     return ""
 
 
@@ -66,7 +69,7 @@ def _page_fault(page: tifffile.TiffPage, size: int) -> str:
     width, height, samples = page.imagewidth, page.imagelength, page.samplesperpixel
     if width < 1 or height < 1:
         return f"corrupt: an image of {width} x {height} pixels"
-    if 258 not in page.tags:
+    if 258 not in page.tags and (page.is_tiled or page.index == 0):  # a label may do without it: 1 bit
         return "corrupt: BitsPerSample is missing"
     offsets, counts = np.asarray(page.dataoffsets, np.int64), np.asarray(page.databytecounts, np.int64)
     if len(offsets) == 0 or len(offsets) != len(counts):

@@ -945,3 +945,38 @@ def test_random_bytes_in_the_header_raise_only_our_errors(tmp_path, smooth, read
         except SlideError:
             refused += 1
     assert 20 < refused < 150
+
+
+def write_ome(path: Path, pixels: np.ndarray, unit: str = "µm") -> None:
+    """An OME-TIFF whose pyramid stands in SubIFDs, as Bio-Formats and QuPath write it."""
+    options = {"tile": (128, 128), "photometric": "rgb", "compression": "jpeg", "compressionargs": {"level": 95}}
+    size = {"µm": 0.25, "nm": 250.0}[unit]
+    about = {"PhysicalSizeX": size, "PhysicalSizeXUnit": unit, "PhysicalSizeY": size, "PhysicalSizeYUnit": unit}
+    with tifffile.TiffWriter(path, ome=True) as file:
+        file.write(pixels, subifds=2, metadata={"axes": "YXS", **about}, **options)
+        for factor in (2, 4):
+            file.write(pixels[::factor, ::factor], subfiletype=1, metadata=None, **options)
+
+
+@pytest.mark.parametrize("unit", ["µm", "nm"])
+def test_ome_tiff_has_its_pyramid_and_its_scale(tmp_path, unit):
+    pixels = np.repeat(np.repeat(np.arange(48, dtype=np.uint8).reshape(6, 8, 1) * 5, 100, 0), 100, 1).repeat(3, 2)
+    write_ome(tmp_path / "a.ome.tif", pixels, unit)
+    with open_slide(tmp_path / "a.ome.tif") as slide:
+        assert [level[:2] for level in slide.levels] == [(800, 600), (400, 300), (200, 150)]
+        assert (slide.mpp, slide.mpp_source) == (0.25, "tag: OME-XML PhysicalSize")
+        np.testing.assert_allclose(slide.read(0, 0, 1, 400, 300), pixels[::2, ::2], atol=3)
+
+
+def test_ome_tiff_with_a_cut_pyramid_is_refused(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 255, (600, 800, 3), dtype=np.uint8)
+    write_ome(tmp_path / "a.ome.tif", pixels)
+    with tifffile.TiffFile(tmp_path / "a.ome.tif") as tif:
+        last = tif.pages[0].pages[-1].aspage()
+        tag = last.tags["TileOffsets"]
+    data = bytearray((tmp_path / "a.ome.tif").read_bytes())
+    size = {"I": 4, "Q": 8}[tag.dtype.name[0]] if hasattr(tag.dtype, "name") and tag.dtype.name[0] in "IQ" else 4
+    data[tag.valueoffset : tag.valueoffset + size] = (2**31 - 5).to_bytes(size, "little")
+    (tmp_path / "b.ome.tif").write_bytes(data)
+    with pytest.raises(UnreadableSlide, match="beyond the end"):
+        open_slide(tmp_path / "b.ome.tif")
