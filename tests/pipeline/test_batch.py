@@ -27,7 +27,7 @@ import hashlib, os, time
 import numpy as np, torch
 from extractors import Encoder, EncoderFacts
 
-FACTS = EncoderFacts(name="counting:build", dim=6, tile_px=32, any_tile_px=True, source="", licence="", citation="")
+FACTS = EncoderFacts(name="counting_tiles:build", dim=6, tile_px=32, any_tile_px=True, source="", licence="", citation="")
 
 class Counting(Encoder):
     def _features(self, tiles):
@@ -69,12 +69,12 @@ def counting(tmp_path, monkeypatch):
     module, logs = tmp_path / "modules", tmp_path / "log"
     module.mkdir()
     logs.mkdir()
-    (module / "counting.py").write_text(COUNTING)
+    (module / "counting_tiles.py").write_text(COUNTING)
     monkeypatch.setenv("PYTHONPATH", str(module))
     monkeypatch.setenv("COUNTING_LOG", str(logs))
     monkeypatch.syspath_prepend(str(module))
     yield logs
-    sys.modules.pop("counting", None)
+    sys.modules.pop("counting_tiles", None)
 
 
 def logged(logs: Path) -> list[str]:
@@ -84,13 +84,13 @@ def logged(logs: Path) -> list[str]:
 def test_local_run_second_run_and_report(tmp_path, counting):
     make_folder(tmp_path / "slides", 3, 700)
     (tmp_path / "slides" / "broken.svs").write_text("not a slide\n" * 50)
-    first = run(tmp_path / "slides", tmp_path / "out", encoder="counting:build", workers=2)
+    first = run(tmp_path / "slides", tmp_path / "out", encoder="counting_tiles:build", workers=2)
     assert first.counts == {"done": 3, "failed": 1}
     assert first.exit_code == 3
     assert first.tiles_encoded == len(logged(counting)) == sum(o.tiles or 0 for o in first.outcomes)
     before = arrays(tmp_path / "out")
     (tmp_path / "slides" / "broken.svs").unlink()
-    second = run(tmp_path / "slides", tmp_path / "out", encoder="counting:build", workers=2)
+    second = run(tmp_path / "slides", tmp_path / "out", encoder="counting_tiles:build", workers=2)
     assert second.counts == {"done": 3}
     assert second.exit_code == 0
     assert second.tiles_encoded == 0
@@ -100,9 +100,9 @@ def test_local_run_second_run_and_report(tmp_path, counting):
 
 def test_nothing_to_do_starts_no_cluster(tmp_path, counting, monkeypatch):
     make_folder(tmp_path / "slides", 1, 400)
-    run(tmp_path / "slides", tmp_path / "out", encoder="counting:build", workers=1)
+    run(tmp_path / "slides", tmp_path / "out", encoder="counting_tiles:build", workers=1)
     monkeypatch.setattr("pipeline.batch._client", lambda *_: pytest.fail("a cluster was started"))
-    assert run(tmp_path / "slides", tmp_path / "out", encoder="counting:build").counts == {"done": 1}
+    assert run(tmp_path / "slides", tmp_path / "out", encoder="counting_tiles:build").counts == {"done": 1}
 
 
 def test_a_scheduler_that_is_there_gives_the_same_bytes(tmp_path, counting):
@@ -137,14 +137,14 @@ def test_no_scheduler_there(tmp_path, counting):
 
     make_folder(tmp_path / "slides", 1, 300)
     with pytest.raises(UsageError, match="no scheduler answers"):
-        run(tmp_path / "slides", tmp_path / "out", encoder="counting:build", scheduler="tcp://127.0.0.1:9")
+        run(tmp_path / "slides", tmp_path / "out", encoder="counting_tiles:build", scheduler="tcp://127.0.0.1:9")
 
 
 def stored_rows(out: Path, slides: list[str]) -> dict[str, set[int]]:
     """The rows of each slide whose chunk is on disk."""
     found: dict[str, set[int]] = {}
     for slide in slides:
-        folder = BagStore(out).group(slide).path / "features" / "counting--build" / "x" / "c"
+        folder = BagStore(out).group(slide).path / "features" / "counting_tiles--build" / "x" / "c"
         chunks = [int(p.name) for p in folder.glob("*") if (p / "0").is_file()] if folder.is_dir() else []
         found[slide] = {row for c in chunks for row in range(c * CHUNK_ROWS, (c + 1) * CHUNK_ROWS)}
     return found
@@ -156,7 +156,7 @@ def test_killed_twenty_times(tmp_path, counting, monkeypatch):
     """kill -9 at random moments, each followed by the same command: the same bytes, no stored row encoded again."""
     make_folder(tmp_path / "slides", 6, 1500)
     names = sorted(p.name for p in (tmp_path / "slides").iterdir())
-    options = ["-e", "counting:build", "--tile-px", "32", "--levels", "2", "--workers", "2"]
+    options = ["-e", "counting_tiles:build", "--tile-px", "32", "--levels", "2", "--workers", "2"]
 
     def start(out: Path) -> subprocess.Popen:
         return subprocess.Popen(
