@@ -27,7 +27,9 @@ import hashlib, os, time
 import numpy as np, torch
 from extractors import Encoder, EncoderFacts
 
-FACTS = EncoderFacts(name="counting_tiles:build", dim=6, tile_px=32, any_tile_px=True, source="", licence="", citation="")
+FACTS = EncoderFacts(
+    name="counting_tiles:build", dim=6, tile_px=32, any_tile_px=True, source="", licence="", citation=""
+)
 
 class Counting(Encoder):
     def _features(self, tiles):
