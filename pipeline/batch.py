@@ -94,17 +94,13 @@ def run(
     Raises UsageError (nothing was written) and RunStopped (the machine is at fault; what is whole stays).
     """
     started, progress, out = time.time(), progress or Silent(), Path(os.path.abspath(out))
-    if config is None:
-        name = tiler if isinstance(tiler, str) or tiler is None else f"{tiler.__module__}:{tiler.__qualname__}"
-        config = make_config(**({"tiler": name} if name else {}), **settings)
-    elif settings:
+    if config is not None and settings:
         raise UsageError("give either a config or single settings, not both")
+    config = config or make_config(**_named(tiler), **settings)
     folder = find_slides(slides, out)
     files, notes = _slide_files(folder, mpp_csv)
     encoder = _encoder_facts(config)
-    recipe = make_recipe(
-        config, encoder, tiler if callable(tiler) else load_tiler(config.tiler) if config.tiler else None
-    )
+    recipe = make_recipe(config, encoder, tiler if callable(tiler) else load_tiler(config.tiler))
     check_out(out, folder, recipe, redo)
     todo = [file for file in files if not is_current(file, BagStore(out).group(file.name), recipe, deep=redo)]
     if todo:
@@ -115,14 +111,22 @@ def run(
         state = _State(out, files, todo, folder.skipped, progress)
         for note in notes:
             progress.note(note)
-        if todo:
-            job = _Job(out, recipe, run_id)
-            with _interruptible(), dask.config.set(DASK), _client(scheduler, workers, len(todo), todo) as client:
-                state.interrupted = _drive(client, todo, job, state)
+        try:
+            if todo:
+                with _interruptible(), dask.config.set(DASK), _client(scheduler, workers, len(todo)) as client:
+                    state.interrupted = _drive(client, todo, _Job(out, recipe, run_id), state)
+        finally:  # also of a run that has to stop: what it did stands in the table
+            state.save()
         report = Report(tuple(state.rows()), state.tiles, time.time() - started, state.interrupted)
-        state.save()
         write_totals(out, report)
     return report
+
+
+def _named(tiler: Tiler | str | None) -> dict[str, str]:
+    """The setting that names a tiler; a function goes by where it is defined."""
+    if tiler is None:
+        return {}
+    return {"tiler": tiler if isinstance(tiler, str) else f"{tiler.__module__}:{tiler.__qualname__}"}
 
 
 def _slide_files(folder: Folder, mpp_csv: str | Path | None) -> tuple[list[SlideFile], list[str]]:
@@ -229,7 +233,7 @@ def _drive(client: Client, todo: list[SlideFile], job: _Job, state: _State) -> b
     """Two tasks a slide, prepare and encode; a bounded number of slides in flight. True if the user interrupted."""
     client.subscribe_topic(TOPIC, lambda event: state.progress.tiles(event[1]))
     try:
-        suspects = _pass(client, deque(todo), job, state, in_flight=2 * max(1, len(client.scheduler_info()["workers"])))
+        suspects = _pass(client, deque(todo), job, state, in_flight=2 * max(1, len(_workers(client))))
         # A worker's death makes suspects of all it held; tried again alone, only the culprit dies twice.
         for file in suspects:
             for culprit in _pass(client, deque([file]), job, state, in_flight=1):
@@ -242,11 +246,14 @@ def _drive(client: Client, todo: list[SlideFile], job: _Job, state: _State) -> b
         client.unsubscribe_topic(TOPIC)
 
 
+def _workers(client: Client) -> dict[str, dict[str, Any]]:
+    workers: dict[str, dict[str, Any]] = client.scheduler_info(n_workers=-1)["workers"]
+    return workers
+
+
 def _pass(client: Client, waiting: deque[SlideFile], job: _Job, state: _State, in_flight: int) -> list[SlideFile]:
     """Take every slide through both tasks; returns those whose worker died."""
-    resources = (
-        {ENCODER: 1} if any(w["resources"].get(ENCODER) for w in client.scheduler_info()["workers"].values()) else None
-    )
+    resources = {ENCODER: 1} if any(w["resources"].get(ENCODER) for w in _workers(client).values()) else None
     live: dict[Future, SlideFile] = {}
     completed = as_completed(loop=client.loop, raise_errors=False)
     suspects: list[SlideFile] = []
@@ -291,14 +298,15 @@ def _result(future: Future) -> tuple[Outcome, int] | None:
 
 
 @contextmanager
-def _client(scheduler: str | None, workers: int | None, slides: int, todo: list[SlideFile]) -> Iterator[Client]:
+def _client(scheduler: str | None, workers: int | None, slides: int) -> Iterator[Client]:
+    """A Dask client of the scheduler that is named, else of a local cluster that ends with it."""
     if scheduler is not None:
         try:
             client = Client(scheduler, timeout=20, set_as_default=False)
         except (OSError, ValueError) as error:
             raise UsageError(f"no scheduler answers at {scheduler}: {error}") from error
         with client:
-            if not client.scheduler_info()["workers"]:
+            if not _workers(client):
                 client.wait_for_workers(1, timeout=60)
             yield client
         return

@@ -87,8 +87,10 @@ def make_recipe(config: Config, encoder: Encoder, tiler: Tiler | None = None) ->
     return Recipe(config, facts, key, sha, encoder.weights_words, tiler)
 
 
-def load_tiler(name: str) -> Tiler:
-    """`module:function` → the function. Raises UsageError."""
+def load_tiler(name: str | None) -> Tiler | None:
+    """`module:function` → the function; None → None, the quadtree. Raises UsageError."""
+    if name is None:
+        return None
     module, _, function = name.partition(":")
     try:
         found = getattr(importlib.import_module(module), function)
@@ -96,7 +98,8 @@ def load_tiler(name: str) -> Tiler:
         raise UsageError(f"tiler {name!r}: {error}. It must be module:function, importable from PYTHONPATH") from error
     if not callable(found):
         raise UsageError(f"tiler {name!r} is not a function")
-    return found
+    tiler: Tiler = found
+    return tiler
 
 
 def segment(slide: Slide, config: TissueConfig) -> tuple[TissueMask, np.ndarray]:
