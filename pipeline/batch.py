@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import dask
+from dask.system import CPU_COUNT  # heeds the limits of a container
 from distributed import Client, Future, KilledWorker, Nanny, Scheduler, SpecCluster, as_completed, get_worker
 
 from extractors import Encoder, EncoderError
@@ -54,6 +55,7 @@ DASK = {
     "distributed.worker.daemon": True,
     "distributed.admin.system-monitor.gil.enabled": False,
 }
+MAX_WORKERS = 16  # unless told: each holds torch and an encoder
 ENCODER = "ENCODER"  # the Dask resource of a worker that may hold an encoder
 TOPIC = "slidestream-tiles"
 
@@ -313,7 +315,7 @@ def _client(scheduler: str | None, workers: int | None, slides: int) -> Iterator
     cluster = None
     try:
         with _deaf_to_control_c():
-            cluster = _local_cluster(min(workers or os.cpu_count() or 1, slides))
+            cluster = _local_cluster(min(workers or min(CPU_COUNT, MAX_WORKERS), slides))
         with Client(cluster, set_as_default=False) as client:
             yield client
     finally:
@@ -340,7 +342,7 @@ def _local_cluster(workers: int) -> SpecCluster:
     import torch
 
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    threads = max(1, (os.cpu_count() or 1) // workers)
+    threads = max(1, CPU_COUNT // workers)
     environment = {"SLIDESTREAM_THREADS": str(threads), "PYTHONDONTWRITEBYTECODE": ""}
 
     def options(name: int) -> dict[str, Any]:

@@ -84,7 +84,9 @@ def with_settings(command: Callable[..., None]) -> Callable[..., None]:
 Slides = Annotated[str, typer.Argument(help="a folder, a glob in quotes, a CSV with a column `slide`, or one file")]
 OutOption = Annotated[Path, typer.Option("--out", "-o", help="the output folder")]
 OutFolder = Annotated[Path, typer.Argument(help="an output folder of `slidestream run`")]
-Workers = Annotated[int | None, typer.Option("--workers", min=1, help="worker processes [default: one a core]")]
+Workers = Annotated[
+    int | None, typer.Option("--workers", min=1, help="worker processes [default: one a core, at most 16]")
+]
 Scheduler = Annotated[
     str | None, typer.Option("--scheduler", help="tcp://… of a running Dask scheduler, in place of local workers")
 ]
