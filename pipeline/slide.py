@@ -4,7 +4,9 @@ Positions are (x, y) in level-0 pixels from the image origin, sizes are (width, 
 """
 
 import math
+import threading
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -15,6 +17,7 @@ import cv2
 import numpy as np
 from scipy import sparse
 
+from .area import Weights, area_mean, weights
 from .errors import CorruptTiles
 from .scale import ScaleTags
 
@@ -36,6 +39,29 @@ class Level(NamedTuple):
     width: int
     height: int
     downsample: tuple[float, float]
+
+
+class Window(NamedTuple):
+    """Whole pixels of a level of a slide."""
+
+    x: int
+    y: int
+    width: int
+    height: int
+
+
+class ReadCost:
+    """What reading a slide has cost so far, over all threads: pixels decoded, and seconds of waiting for the disk."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self.pixels = 0
+        self.disk = 0.0
+
+    def add(self, pixels: int, disk: float = 0.0) -> None:
+        with self._lock:
+            self.pixels += pixels
+            self.disk += disk
 
 
 class Slide(ABC):
@@ -60,6 +86,7 @@ class Slide(ABC):
         self.refusals: tuple[str, ...] = ()  # why the readers that were tried before this one refused
         self.doubt = ""  # why another reader of the same file is to be preferred
         self.warnings: tuple[str, ...] = ()
+        self.cost = ReadCost()
 
     @property
     def size(self) -> tuple[int, int]:
@@ -72,8 +99,11 @@ class Slide(ABC):
 
         The corner is given in level-0 pixels and rounded to the grid of the level; the size is in pixels of the level.
         Outside the slide is white, alpha is blended on white. Raises CorruptTiles where pixels cannot be decoded;
-        nothing is ever made up in their place.
+        nothing is ever made up in their place. Threads may read at the same time.
         """
+
+    def expect(self, level: int, windows: Sequence[Window]) -> None:  # noqa: B027 - a reader need not care
+        """Told what is going to be read, each window once, so that what two of them share is decoded only once."""
 
     @abstractmethod
     def close(self) -> None:
@@ -120,6 +150,27 @@ def read_box(slide: Slide, box: Box, shape: tuple[int, int], level: int) -> np.n
     x0, y0 = x0 + math.floor(left), y0 + math.floor(top)
     pixels = slide.read(x0 * scale[0], y0 * scale[1], level, columns.shape[1], rows.shape[1])
     return _area_mean(pixels, columns, rows)
+
+
+def window(slide: Slide, box: Box, shape: tuple[int, int], level: int) -> tuple[Window, Weights, Weights]:
+    """The pixels of `level` that `shape` = (width, height) equal cells of `box` touch, and their weights (x, y)."""
+    scale = slide.levels[level].downsample
+    left, top = box.x / scale[0], box.y / scale[1]
+    columns, rows = weights(left % 1, box.width / scale[0], shape[0]), weights(top % 1, box.height / scale[1], shape[1])
+    corner = math.floor(left) + columns.first, math.floor(top) + rows.first
+    return Window(*corner, columns.pixels, rows.pixels), columns, rows
+
+
+def read_mean(slide: Slide, box: Box, shape: tuple[int, int], level: int) -> np.ndarray:
+    """(height, width, 3): the area means of `level` over `shape` = (width, height) equal cells of `box`.
+
+    uint8 where a cell is a pixel of the level, else uint16 in 1/256 of a grey level (see area.py). The box need not lie
+    on pixel borders: a pixel that is cut counts by the part inside. Raises CorruptTiles.
+    """
+    at, columns, rows = window(slide, box, shape, level)
+    scale = slide.levels[level].downsample
+    pixels = slide.read(at.x * scale[0], at.y * scale[1], level, at.width, at.height)
+    return area_mean(pixels, columns, rows)
 
 
 def _area_mean(pixels: np.ndarray, columns: sparse.csr_array, rows: sparse.csr_array) -> np.ndarray:

@@ -14,14 +14,14 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = ("pipeline", "extractors", "heads")
 # A module imports only those that stand before it. `__init__` of pipeline is exempt: it only names them.
 ORDER = (
-    *("errors", "config", "scale", "slide", "readers", "tissue", "shapes", "quadtree", "store", "stream", "encode"),
+    *("errors", "config", "scale", "area", "slide", "readers", "tissue", "shapes", "quadtree", "store", "stream", "encode"),
     *("draw", "prediction", "fingerprint", "outcome", "tables", "folder", "stages", "lock", "output", "batch"),
     *("labels", "training", "demo", "doctor", "quiet", "cli"),
 )
 BROAD = {
     ("pipeline/errors.py", "slide_door"),
     ("pipeline/cli.py", "main"),
-    ("pipeline/readers/tiffslide.py", "_decode"),
+    ("pipeline/readers/tifftiles.py", "_rgb"),
 }
 ONLY_IN = {
     "dask": ("pipeline/batch.py",),

@@ -1,6 +1,7 @@
 """Every format that OpenSlide knows. It is strict about damaged tiles, so its word on them is taken."""
 
 import builtins
+import threading
 from functools import cache
 from pathlib import Path
 
@@ -91,9 +92,11 @@ def _instance(path: Path) -> str:
 
 
 class OpenSlideSlide(Slide):
+    """One handle for each thread that reads: an error sticks to a handle, and a handle serves one thread at a time."""
+
     def __init__(self, path: Path) -> None:
         handle = _open(path)
-        self._handle: library.OpenSlide | None = handle
+        self._handles: dict[int, library.OpenSlide] = {threading.get_ident(): handle}
         properties = dict(handle.properties)
         super().__init__(
             path,
@@ -126,19 +129,22 @@ class OpenSlideSlide(Slide):
         try:
             return self._region(corner, level, size)
         except library.OpenSlideError:
-            self.close()  # an error sticks to the handle, also one of a busy file server: once more with a new one
+            if stuck := self._handles.pop(threading.get_ident(), None):
+                stuck.close()  # the error may be that of a busy file server: once more, with a new handle
         with slide_door(str(self.path), "encode", CorruptTiles):
             return self._region(corner, level, size)
 
     def _region(self, corner: tuple[int, int], level: int, size: tuple[int, int]) -> np.ndarray:
-        if self._handle is None:
-            self._handle = _open(self.path)
-        return _on_white(np.asarray(self._handle.read_region(corner, level, size)))
+        thread = threading.get_ident()
+        if thread not in self._handles:
+            self._handles[thread] = _open(self.path)
+        pixels = _on_white(np.asarray(self._handles[thread].read_region(corner, level, size)))
+        self.cost.add(size[0] * size[1])
+        return pixels
 
     def close(self) -> None:
-        if self._handle is not None:
-            self._handle.close()
-        self._handle = None
+        while self._handles:
+            self._handles.popitem()[1].close()
 
 
 def _open(path: Path) -> library.OpenSlide:

@@ -1,11 +1,9 @@
-"""TIFF files whose tiles are decoded natively; TiffSlide reads their metadata, tifffile and imagecodecs their tiles.
-
-imagecodecs returns grey for a cut JPEG tile and black for a missing one, so each tile's bytes are checked before.
-"""
+"""TIFF files whose tiles are decoded natively; TiffSlide reads their metadata, tifftiles.py their pixels."""
 
 import builtins
 import re
-from collections import OrderedDict
+from collections.abc import Sequence
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +11,16 @@ import numpy as np
 import tifffile
 import tiffslide as library
 
-from ..errors import CorruptTiles, UnreadableSlide
+from ..errors import UnreadableSlide
 from ..scale import ScaleTags, aperio_tags, resolution_tags
-from ..slide import Slide, make_levels
-from .tiffcheck import APERIO_YCBCR, JPEG_LIKE, tile_fault
+from ..slide import Slide, Window, make_levels
+from .tiffcheck import APERIO_YCBCR, JPEG_LIKE
+from .tifftiles import MINISWHITE, TileCache, TilePage
 
-CACHE_BYTES = 64 << 20  # of decoded tiles, for each open slide
 MAX_TILE_BYTES = 512 << 20
 VERSION = f"tiffslide {library.__version__}, tifffile {tifffile.__version__}"
-MINISWHITE, GREY, RGB, PALETTE, YCBCR = 0, 1, 2, 3, 6
-UNKNOWN, PREMULTIPLIED = 0, 1  # of an extra sample
+GREY, RGB, PALETTE, YCBCR = 1, 2, 3, 6
+UNKNOWN = 0  # of an extra sample
 UNITS_UM = {"nm": 1e-3, "µm": 1.0, "um": 1.0, "mm": 1e3, "cm": 1e4, "m": 1e6}  # of OME-XML
 
 
@@ -49,105 +47,44 @@ class TiffSlideSlide(Slide):
         except BaseException:
             self._file.close()
             raise
-        self._cache: OrderedDict[tuple[int, int, int], np.ndarray] = OrderedDict()
-        self._cached_bytes = 0
+        cache, descriptor = TileCache(), self._file.fileno()
+        numbers = count()
+        self._tiles = [
+            [TilePage(path, descriptor, page, next(numbers), f"level {level}", cache, self.cost) for page in pages]
+            for level, pages in enumerate(self._pages)
+        ]
+        self._cache = cache
+
+    def expect(self, level: int, windows: Sequence[Window]) -> None:
+        for page in self._tiles[level]:
+            page.expect(windows)
 
     def read(self, x: float, y: float, level: int, width: int, height: int) -> np.ndarray:
         scale = self.levels[level].downsample
         left, top = round(x / scale[0]), round(y / scale[1])
-        planes = [
-            self._read_page(level, channel, left, top, width, height) for channel in range(len(self._pages[level]))
-        ]
-        if len(planes) == 1:
-            return planes[0]
-        mixed = sum(
-            np.multiply.outer(p[..., 0].astype(np.float32), c) for p, c in zip(planes, self._colours, strict=True)
-        )
+        pages = self._tiles[level]
+        if len(pages) == 1:
+            out = np.full((height, width, 3), 255, np.uint8)
+            pages[0].paste(out, left, top)
+            return out
+        return self._mixed(pages, level, left, top, width, height)
+
+    def _mixed(self, pages: list[TilePage], level: int, left: int, top: int, width: int, height: int) -> np.ndarray:
+        """Fluorescence: the sum of the channels in their colours. Dark is the background, but outside is white."""
+        mixed = np.zeros((height, width, 3), np.float32)
+        for page, colour in zip(pages, self._colours, strict=True):
+            plane = np.zeros((height, width, 3), np.uint8)
+            page.paste(plane, left, top)
+            mixed += np.multiply.outer(plane[..., 0].astype(np.float32), colour)
         out = np.clip(np.rint(mixed), 0, 255).astype(np.uint8)
         rows, columns = top + np.arange(height), left + np.arange(width)
-        out[(rows < 0) | (rows >= self.levels[level].height)] = 255  # dark is the background, but outside is white
+        out[(rows < 0) | (rows >= self.levels[level].height)] = 255
         out[:, (columns < 0) | (columns >= self.levels[level].width)] = 255
         return out
-
-    def _read_page(self, level: int, channel: int, left: int, top: int, width: int, height: int) -> np.ndarray:
-        """Paste the native tiles that overlap the region on white."""
-        page = self._pages[level][channel]
-        rows, columns = page.chunks[:2]
-        out = np.full((height, width, 3), 255 if len(self._pages[level]) == 1 else 0, np.uint8)
-        x1, y1 = min(left + width, page.imagewidth), min(top + height, page.imagelength)
-        for row in range(max(top, 0) // rows, -(-max(y1, 0) // rows)):
-            for column in range(max(left, 0) // columns, -(-max(x1, 0) // columns)):
-                tile = self._tile(level, channel, row * -(-page.imagewidth // columns) + column)
-                if tile is None:
-                    continue
-                ox, oy = column * columns, row * rows
-                sx, sy, ex, ey = max(left, ox), max(top, oy), min(x1, ox + tile.shape[1]), min(y1, oy + tile.shape[0])
-                if ex > sx and ey > sy:
-                    out[sy - top : ey - top, sx - left : ex - left] = tile[sy - oy : ey - oy, sx - ox : ex - ox]
-        return out
-
-    def _tile(self, level: int, channel: int, index: int) -> np.ndarray | None:
-        """One decoded tile as (h, w, 3) uint8, None if the file leaves it out (background)."""
-        key = (level, channel, index)
-        if key in self._cache:
-            self._cache.move_to_end(key)
-            return self._cache[key]
-        page = self._pages[level][channel]
-        count = page.databytecounts[index]
-        if count == 0:
-            return None
-        # Bytes first: page.decode reads tags on its first use, which moves the file's position.
-        self._file.seek(page.dataoffsets[index])
-        data = self._file.read(count)
-        fault = "it is cut" if len(data) < count else tile_fault(page, data)
-        if fault:
-            raise CorruptTiles(str(self.path), "encode", f"tile {index} of level {level} is damaged: {fault}")
-        self._remember(key, self._decode(page, data, level, index))
-        return self._cache[key]
-
-    def _decode(self, page: tifffile.TiffPage, data: bytes, level: int, index: int) -> np.ndarray:
-        try:
-            segment, _, shape = page.decode(data, index, jpegtables=page.jpegtables)
-            if segment is None:
-                raise ValueError("it is empty")
-            return to_rgb(segment[0, : shape[1], : shape[2]], page)
-        except Exception as error:
-            raise CorruptTiles(
-                str(self.path), "encode", f"tile {index} of level {level} does not decode: {error}"
-            ) from error
-
-    def _remember(self, key: tuple[int, int, int], tile: np.ndarray) -> None:
-        self._cache[key] = tile
-        self._cached_bytes += tile.nbytes
-        while self._cached_bytes > CACHE_BYTES and len(self._cache) > 1:
-            self._cached_bytes -= self._cache.popitem(last=False)[1].nbytes
 
     def close(self) -> None:
         self._cache.clear()
         self._file.close()
-
-
-def to_rgb(tile: np.ndarray, page: tifffile.TiffPage) -> np.ndarray:
-    """(h, w, samples) of any supported pixel type → (h, w, 3) uint8; 16 bits are scaled, alpha is blended on white."""
-    if page.colormap is not None:
-        return (page.colormap.T[tile[..., 0]] >> 8).astype(np.uint8)
-    if tile.dtype == np.uint16:
-        full = (1 << page.bitspersample) - 1
-        tile = ((tile.astype(np.uint32) * 255 + full // 2) // full).astype(np.uint8)
-    elif page.bitspersample == 1:
-        tile = tile.astype(np.uint8) * np.uint8(255)
-    if page.photometric == MINISWHITE:
-        tile = np.concatenate([255 - tile[..., :1], tile[..., 1:]], axis=-1)
-    if tile.shape[-1] in (1, 2):
-        tile = np.concatenate([np.repeat(tile[..., :1], 3, axis=-1), tile[..., 1:]], axis=-1)
-    if tile.shape[-1] == 4:
-        alpha = tile[..., 3:].astype(np.uint16)
-        colour = tile[..., :3].astype(np.uint16)
-        if page.extrasamples[0] == PREMULTIPLIED:
-            tile = np.minimum(colour + (255 - alpha), 255).astype(np.uint8)
-        else:
-            tile = ((colour * alpha + 255 * (255 - alpha) + 127) // 255).astype(np.uint8)
-    return np.ascontiguousarray(tile)
 
 
 def _level_pages(path: Path, tif: tifffile.TiffFile) -> list[list[tifffile.TiffPage]]:
