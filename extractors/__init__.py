@@ -5,6 +5,7 @@
     encoder = load_encoder("resnet50")        # facts only: nothing is downloaded, no network is built
     encoder.facts.misfit(tile_px=224, finest_mpp=0.5)
     features = encoder.load("cuda").encode(tiles)     # uint8 (B, H, W, 3) → float32 (B, D), on the CPU
+    encoder.load("cuda", precision="fp32")            # auto: bf16 (or fp16) where the device computes in it
 
 The file name is the registry. `uni` is the module `extractors/uni.py`, which defines `build(variant, weights)`;
 `timm/resnet18` is the module `timm` with the variant `resnet18`; `mypackage.encoders:mine` is a function of your own,
@@ -19,16 +20,18 @@ import importlib
 import os
 import re
 from pathlib import Path
+from time import perf_counter
 from typing import TYPE_CHECKING, Any, Self
 
 if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
-__all__ = ["Encoder", "EncoderError", "EncoderFacts", "UnknownEncoder", "list_encoders", "load_encoder"]
+__all__ = ["Encoder", "EncoderError", "EncoderFacts", "Pending", "UnknownEncoder", "list_encoders", "load_encoder"]
 
 RANDOM = "random"  # in the place of a weights file: an untrained network, the same in every process
 MPP_TOLERANCE = 0.1
+PRECISIONS = ("auto", "bf16", "fp16", "fp32")
 
 
 class EncoderError(ValueError):
@@ -77,12 +80,25 @@ class EncoderFacts:
         return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
 
 
+class Pending:
+    """Features on their way. `result()` waits for them; `seconds` is then how long the device was busy."""
+
+    def __init__(self, features: Tensor, seconds: float) -> None:
+        self._features, self.seconds = features, seconds
+
+    def result(self) -> Tensor:
+        """float32 (B, dim) on the CPU."""
+        return self._features
+
+
 class Encoder:
     """Facts, weights, `load`, `encode`. A child says how features are made; this class keeps the contract.
 
-    `weights` is the user's wish: None = the published ones, "random", or a file. `notes` says, after `load`,
-    what was done to the keys of the file.
+    `weights` is the user's wish: None = the published ones, "random", or a file. After `load`, `notes` says what was
+    done to the keys of the file, and `precision` what is computed in: bf16, fp16 or fp32.
     """
+
+    precision = "fp32"
 
     def __init__(self, facts: EncoderFacts, weights: str | os.PathLike[str] | None = None) -> None:
         self.facts = facts
@@ -99,12 +115,26 @@ class Encoder:
         """One sentence for reports."""
         return "no weights: made by hand"
 
-    def load(self, device: str = "cpu") -> Self:
-        """Read the weights and move to the device; again: nothing more to do."""
+    def load(self, device: str = "cpu", precision: str = "auto", compile: bool = False) -> Self:
+        """Read the weights and move to the device; again: nothing more to do.
+
+        precision: bf16, fp16, fp32, or auto, the fastest that the device computes in; what is made by hand knows only
+        one. compile: by torch.compile, which takes long for the first batch of each shape.
+        """
         return self
 
     def encode(self, tiles: np.ndarray | Tensor) -> Tensor:
         """uint8 RGB tiles (B, H, W, 3), numpy or torch → float32 features (B, dim) on the CPU."""
+        self._check(tiles)
+        return self._checked(self._features(tiles), len(tiles))
+
+    def start(self, tiles: Tensor) -> Pending:
+        """As `encode`, without waiting for a device that works on its own. Leave `tiles` as they are until `result`."""
+        started = perf_counter()
+        features = self.encode(tiles)
+        return Pending(features, perf_counter() - started)
+
+    def _check(self, tiles: np.ndarray | Tensor) -> None:
         if str(tiles.dtype).removeprefix("torch.") != "uint8":
             raise ValueError(f"{self.facts.name} takes uint8 tiles (0..255), not {tiles.dtype}")
         if tiles.ndim != 4 or tiles.shape[-1] != 3:
@@ -113,10 +143,11 @@ class Encoder:
             raise ValueError(
                 f"{self.facts.name} crops {self.facts.crop_px} px; tiles of {tiles.shape[1:3]} are too small"
             )
-        features = self._features(tiles)
-        if tuple(features.shape) != (len(tiles), self.facts.dim):
+
+    def _checked(self, features: Tensor, tiles: int) -> Tensor:
+        if tuple(features.shape) != (tiles, self.facts.dim):
             raise ValueError(
-                f"{self.facts.name} gave features of shape {tuple(features.shape)} for {len(tiles)} tiles; "
+                f"{self.facts.name} gave features of shape {tuple(features.shape)} for {tiles} tiles; "
                 f"its facts say {self.facts.dim} per tile. Correct the facts"
             )
         return features
@@ -175,7 +206,7 @@ def _private(name: str, weights: str | os.PathLike[str] | None) -> Encoder:
             f"{module_name} has no function {function_name!r}." + (f" Did you mean {near[0]!r}?" if near else "")
         )
     encoder = function(weights)
-    needed = ("facts", "weights", "weights_sha256", "weights_words", "load", "encode")
+    needed = ("facts", "weights", "weights_sha256", "weights_words", "precision", "load", "encode", "start")
     # Looked for on the class as well: asking an instance for weights_sha256 would read the file.
     missing = [attribute for attribute in needed if attribute not in {*dir(type(encoder)), *dir(encoder)}]
     if missing:

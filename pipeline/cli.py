@@ -59,7 +59,7 @@ def _shown(value: Any) -> str:
 
 
 def _kind(default: Any, name: str) -> Any:
-    if name == "tile_px":
+    if name in ("tile_px", "batch_size", "readers"):
         return int | None
     if name == "origin":
         return tuple[float, float] | None
@@ -85,7 +85,12 @@ Slides = Annotated[str, typer.Argument(help="a folder, a glob in quotes, a CSV w
 OutOption = Annotated[Path, typer.Option("--out", "-o", help="the output folder")]
 OutFolder = Annotated[Path, typer.Argument(help="an output folder of `slidestream run`")]
 Workers = Annotated[
-    int | None, typer.Option("--workers", min=1, help="worker processes [default: one a core, at most 16]")
+    int | None,
+    typer.Option(
+        "--workers",
+        min=1,
+        help="worker processes [default: one for every four cores; with GPUs one a core; at most 16]",
+    ),
 ]
 Scheduler = Annotated[
     str | None, typer.Option("--scheduler", help="tcp://… of a running Dask scheduler, in place of local workers")
@@ -347,11 +352,11 @@ class _Terminal:
                     f"failed {outcome.slide}: {outcome.message}", markup=False, highlight=False, style="red"
                 )
 
-    def tiles(self, count: int) -> None:
+    def tiles(self, count: int, so_far: Any) -> None:
         if self.bars is not None:
-            self.bars.update(self.count, advance=count)
-            speed = self.bars.tasks[1].finished_speed or self.bars.tasks[1].speed
-            self.bars.update(self.count, rate=f"{speed:.0f} tiles/s" if speed else "")
+            rates = so_far.rates()
+            words = f"{rates['tiles_per_s']:.0f} tiles/s, encoder busy {rates['encoder_busy']:.0%}"
+            self.bars.update(self.count, advance=count, rate=words)
 
     def note(self, text: str) -> None:
         _say(text)
@@ -364,6 +369,8 @@ def _tell(report: Any, out: Path) -> None:
     counts = ", ".join(f"{number} {status}" for status, number in sorted(report.counts.items()))
     encoded = f"; {report.tiles_encoded} tiles encoded" if report.tiles_encoded else ""
     _say(f"{counts or 'no slide is finished'}{encoded}; {report.seconds:.1f} s; {out}")
+    if report.tiles_encoded:
+        _say(f"{report.meter.rates()['tiles_per_s']:.0f} tiles/s; {report.meter.sentence()}")
     if report.interrupted:
         _say("interrupted; the same command resumes")
 

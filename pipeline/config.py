@@ -115,10 +115,25 @@ class EncodeConfig(Part):
         None, description="a local checkpoint, or `random` for benchmarks; by default the published ones"
     )
     force_scale: bool = Field(False, description="take tile sizes and resolutions that the encoder was not made for")
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = Field(
+        "auto", description="what the encoder computes in; auto: bf16 (or fp16) where the device multiplies in it"
+    )
+    compile: bool = Field(False, description="compile the encoder: slow to start, faster on some GPUs")
     dtype: Literal["float16", "float32"] = Field("float16", description="type of the stored features")
 
 
-class Config(TissueConfig, TileConfig, EncodeConfig):
+class EngineConfig(Part):
+    """How the work is done on each device; none of it is needed, and features do not depend on it.
+
+    (On a GPU their last bits may depend on `batch_size`; a run that is resumed keeps the one that was found.)
+    """
+
+    batch_size: int | None = Field(None, ge=1, le=8192, description="tiles a batch; by default found by trying")
+    readers: int | None = Field(None, ge=1, le=256, description="threads that read tiles; by default found by trying")
+    queue_mb: int = Field(512, ge=16, le=65536, description="MB of tiles and blocks that may wait for the encoder")
+
+
+class Config(TissueConfig, TileConfig, EncodeConfig, EngineConfig):
     """The whole recipe, flat. `config.tissue`, `config.tile` and `config.encode` are its parts."""
 
     reader: Literal["auto", "openslide", "tiffslide", "image"] = Field(

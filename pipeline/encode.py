@@ -1,199 +1,243 @@
 """Tiles of many slides → full batches → an encoder → rows in the store.
 
 Batches run over slide boundaries: the tail of one slide and the head of the next share one, and rows find their way
-home by (slide, row). A slide that fails takes only its own tiles with it.
+home by (slide, row). Reading and writing have threads of their own; this one only keeps the encoder busy. A slide that
+fails takes only its own tiles with it.
 """
 
+from __future__ import annotations
+
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import closing
 from dataclasses import dataclass, field
 from time import perf_counter
+from typing import TYPE_CHECKING
 
-import numpy as np
+from extractors import Encoder, Pending
 
-from extractors import Encoder
+from .doubling import Doubling
+from .errors import RunStopped, SlideError
+from .feed import Feed
+from .meter import Meter
+from .rows import SlideRows, Work, Writer
+from .stream import Tile
 
-from .errors import CorruptTiles, RunStopped, SlideError, UnreadableSlide
-from .quadtree import QuadTree
-from .slide import Slide
-from .store import CHUNK_ROWS, Features
-from .stream import stream_tiles
+if TYPE_CHECKING:
+    from torch import Tensor
 
-BATCH = 64
-MAX_INVALID = 0.01  # of the finest tiles; a slide with more unreadable ones fails
+SMALLEST, LARGEST = 16, 1024  # batches that are tried; a CPU gains nothing beyond its cache
+LARGEST_CPU = 64
+WRITER_BYTES = 64 << 20
 
 
-@dataclass
-class Work:
-    """A slide that waits for features: how to open it, its tiles, and the (begun) features they go to."""
+Home = tuple[SlideRows, int]  # of a tile: its slide, its row
 
-    slide: str
-    open: Callable[[], Slide]
-    unchanged: Callable[[], bool]  # asked after the last read: the file is still the one that was opened
-    tree: QuadTree
-    features: Features
+
+@dataclass(frozen=True)
+class Settings:
+    """How the work is done; None: found by trying. No feature depends on it, but see `batch_size`.
+
+    batch_size: on a GPU the last bits of features may depend on it, so what was found is told, and given here again
+    when a run is resumed. most_readers: threads that may read at a time.
+    """
+
+    batch_size: int | None = None
+    readers: int | None = None
+    most_readers: int = 1
+    queue_bytes: int = 512 << 20
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """What became of one slide: its rows encoded now, its unreadable ones in all, and where the time went."""
+    """What became of one slide: its unreadable rows in all, and where the time went."""
 
     slide: str
-    rows: int = 0
     invalid: int = 0
-    reading: float = 0.0
-    encoding: float = 0.0
     error: SlideError | None = None
-
-    @property
-    def bound_by(self) -> str:
-        return "reading" if self.reading > self.encoding else "encoding"
+    meter: Meter = field(default_factory=Meter)
+    batch_size: int = 0
 
 
-@dataclass
-class _Batch:
-    """Tiles of any slides, in the order they were read."""
+class Batches:
+    """Tiles of any slides in the order they were read, in batches of few shapes.
 
-    encoder: Encoder
-    pad: bool
-    on_tiles: Callable[[int], None]
-    tiles: list[tuple["_Rows", int, np.ndarray]] = field(default_factory=list)
+    On some devices a tile's last bits depend on the shape of its batch (bf16 on AMX, most GPUs), so no other shapes
+    come than those that were seen to give the same bits; the last batch is filled up with anything.
+    """
+
+    def __init__(
+        self, encoder: Encoder, px: int, device: str, batch_size: int | None, on_tiles: Callable[[int], None]
+    ) -> None:
+        self.px = px
+        self._encoder, self._gpu, self._on_tiles = encoder, device != "cpu", on_tiles
+        self.size = Doubling(batch_size or SMALLEST, batch_size or (LARGEST if self._gpu else LARGEST_CPU))
+        self._homes: list[Home] = []
+        self._flying: deque[tuple[Pending, Tensor, list[Home]]] = deque()
+        self._ahead = 1 if self._gpu else 0  # batches on the device while the next is filled
+        self._spare: list[Tensor] = []
+        while self._gpu and not self.size.settled:
+            self._try_on_nothing()
+        self._shapes = [self.size.value]
+        self._buffer = self._empty()
+
+    def _empty(self) -> Tensor:
+        import torch
+
+        shape = (self.size.value, self.px, self.px, 3)
+        while self._spare:
+            if (buffer := self._spare.pop()).shape == shape:
+                return buffer
+        return torch.zeros(shape, dtype=torch.uint8, pin_memory=self._gpu)
+
+    def _try_on_nothing(self) -> None:
+        """On a GPU the shape is found before the first tile, and kept."""
+        try:
+            pending = self._encoder.start(self._empty())
+            pending.result()
+            self.size.report(self.size.value, pending.seconds)
+        except (RuntimeError, MemoryError) as error:
+            _require_out_of_memory(error)
+            self.size.refuse()
+
+    def add(self, rows: SlideRows, tile: Tile) -> None:
+        if rows.error is not None:
+            return
+        if tile.pixels is None:
+            rows.put(tile.row, None)
+            return
+        self._buffer.numpy()[len(self._homes)] = tile.pixels
+        self._homes.append((rows, tile.row))
+        if len(self._homes) == len(self._buffer):
+            self._launch()
 
     def flush(self) -> None:
-        """Encode what has gathered and hand every row to its slide."""
-        live = [(rows, row, pixels) for rows, row, pixels in self.tiles if rows.error is None]
-        self.tiles = []
-        if not live:
+        """Encode what has gathered and bring everything home."""
+        self._launch()
+        while self._flying:
+            self._land()
+
+    def _launch(self) -> None:
+        buffer, homes = self._buffer, self._homes
+        buffer[len(homes) :] = 0
+        if all(rows.error is not None for rows, _ in homes):
+            self._homes = []
             return
-        started = perf_counter()
-        pixels = np.stack([pixels for _, _, pixels in live])
-        if (
-            self.pad and len(pixels) < BATCH
-        ):  # one batch shape on a GPU: kernels chosen by shape differ in the last bits
-            pixels = np.concatenate([pixels, np.zeros((BATCH - len(pixels), *pixels.shape[1:]), np.uint8)])
-        values = self.encoder.encode(pixels).numpy()[: len(live)]
-        share = (perf_counter() - started) / len(live)
-        for (rows, row, _), value in zip(live, values, strict=True):
-            rows.encoding += share
-            rows.put(row, value)
-        self.on_tiles(len(live))
+        at = 0
+        while at < len(homes):
+            left = len(homes) - at
+            size = max((shape for shape in self._shapes if shape <= left), default=self._shapes[0])
+            if len(homes) == len(buffer) == self.size.value:
+                size = len(buffer)
+            self._start(buffer[at : at + size], homes[at : at + size])
+            at += size
+        while len(self._flying) > self._ahead:
+            self._land()
+        self._homes, self._buffer = [], self._empty()
+
+    def _start(self, tiles: Tensor, homes: list[Home]) -> None:
+        """Begin a batch; where the device's memory does not suffice, in halves, and so from then on."""
+        try:
+            pending = self._encoder.start(tiles) if len(tiles) in self._shapes else self._prove(tiles)
+            self._flying.append((pending, tiles, homes))
+        except (RuntimeError, MemoryError) as error:
+            _require_out_of_memory(error)
+            if len(tiles) == 1:
+                raise RunStopped(f"the memory of the device does not suffice for one tile: {error}") from error
+            half = len(tiles) // 2
+            self.size.cap(half)
+            self._shapes = [half]
+            for part in (slice(0, half), slice(half, 2 * half)):
+                if homes[part]:
+                    self._start(tiles[part], homes[part])
+
+    def _prove(self, tiles: Tensor) -> Pending:
+        """A batch of a new shape, on a CPU: taken if its tiles get the bits that they get in the shape before."""
+        import torch
+
+        known = self._shapes[-1]
+        whole, part = self._encoder.start(tiles), self._encoder.start(tiles[:known])
+        if torch.equal(whole.result()[:known], part.result()):
+            self._shapes.append(len(tiles))
+            return whole
+        self.size.refuse()
+        rest = [self._encoder.start(tiles[at : at + known]) for at in range(known, len(tiles), known)]
+        return Pending(torch.cat([p.result() for p in (part, *rest)]), sum(p.seconds for p in (part, *rest)))
+
+    def _land(self) -> None:
+        pending, tiles, homes = self._flying.popleft()
+        values = pending.result().numpy()
+        share = pending.seconds / len(homes)
+        for (rows, row), value in zip(homes, values[: len(homes)], strict=True):
+            rows.meter.encoding += share
+            if rows.error is None:
+                rows.put(row, value)
+        if len(homes) == self.size.value:
+            self.size.report(len(homes), pending.seconds)
+        if tiles.shape[0] == self.size.value:
+            self._spare.append(tiles)
+        self._on_tiles(len(homes))
 
 
-class _Rows:
-    """The rows of one slide on their way into its chunks."""
+def _require_out_of_memory(error: BaseException) -> None:
+    """Raise what is no lack of memory; torch says that of a CPU in words only."""
+    import torch
 
-    def __init__(self, work: Work, dim: int) -> None:
-        self.work, self.dim = work, dim
-        self.missing = work.features.missing_rows()
-        self.left = {
-            int(c): int(n)
-            for c, n in zip(*np.unique(np.flatnonzero(self.missing) // CHUNK_ROWS, return_counts=True), strict=True)
-        }
-        self.open: dict[int, tuple[np.ndarray, np.ndarray]] = {}
-        bottom = max(work.tree.encoded_levels)
-        finest = work.tree.levels[bottom]
-        self.finest_rows = finest.stop - finest.start
-        self.first_finest = len(self.missing) - self.finest_rows
-        self.invalid = self.count = 0
-        self.reading = self.encoding = 0.0
-        self.read_all = False
-        self.error: SlideError | None = None
-
-    @property
-    def finished(self) -> bool:
-        return self.error is not None or (self.read_all and not self.left)
-
-    def put(self, row: int, value: np.ndarray | None) -> None:
-        """Take one row, None if it could not be read; a chunk is written when its last row is in."""
-        chunk, at = divmod(row, CHUNK_ROWS)
-        if chunk not in self.open:
-            size = min(CHUNK_ROWS, len(self.missing) - chunk * CHUNK_ROWS)
-            self.open[chunk] = (np.zeros((size, self.dim), np.float32), np.zeros(size, bool))
-        x, valid = self.open[chunk]
-        if value is not None:
-            x[at], valid[at] = value, True
-            self.count += 1
-        elif row >= self.first_finest:
-            self.invalid += 1
-            self._refuse_too_many(self.invalid)
-        self.left[chunk] -= 1
-        if self.left[chunk] == 0:
-            del self.left[chunk], self.open[chunk]
-            self.work.features.write_chunk(chunk, self._checked(x), valid)
-
-    def _refuse_too_many(self, invalid: int) -> None:
-        if invalid > MAX_INVALID * self.finest_rows:
-            reason = (
-                f"at least {invalid} of {self.finest_rows} tiles cannot be decoded, more than {MAX_INVALID:.0%}: "
-                "the file is damaged"
-            )
-            raise CorruptTiles(self.work.slide, "encode", reason)
-
-    def _checked(self, x: np.ndarray) -> np.ndarray:
-        """The chunk in the type it is stored in; what that type cannot hold is the encoder's fault: the run stops."""
-        dtype, who = self.work.features.dtype, f"{self.work.slide}: encode: the encoder {self.work.features.key} gave"
-        if not np.isfinite(x).all():
-            raise RunStopped(f"{who} inf or NaN; its weights or its inputs are wrong")
-        if np.abs(x).max(initial=0) > np.finfo(dtype).max:
-            raise RunStopped(f"{who} {np.abs(x).max():g}, which does not fit {dtype}; pass --dtype float32")
-        return x.astype(dtype)
-
-    def result(self) -> Encoded:
-        invalid = 0
-        if self.error is None:
-            # All of them, also those of chunks that an earlier run wrote.
-            valid = self.work.features.stored_valid()
-            invalid = int(np.count_nonzero(~valid))
-            try:
-                self._refuse_too_many(int(np.count_nonzero(~valid[self.first_finest :])))
-            except CorruptTiles as error:
-                self.error = error
-        return Encoded(self.work.slide, self.count, invalid, self.reading, self.encoding, self.error)
+    lacking = isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+    if not lacking:
+        raise error
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def encode_slides(
     works: Iterable[Work],
     encoder: Encoder,
     device: str = "cpu",
-    on_tiles: Callable[[int], None] = lambda count: None,
+    on_tiles: Callable[[int, Meter], None] = lambda count, so_far: None,
+    settings: Settings = Settings(),
 ) -> Iterator[Encoded]:
-    """Encode what each slide misses; yields a slide when its last chunk is written. `encoder` is loaded.
+    """Encode what each slide misses; yields a slide when its last chunk is on the disk. `encoder` is loaded.
 
-    A SlideError is that slide's result; RunStopped and errors of the machine go through.
+    `works` is taken from by another thread, ahead of what is encoded. A SlideError is that slide's result; RunStopped
+    and errors of the machine are raised.
     """
-    batch = _Batch(encoder, device != "cpu", on_tiles)
-    unfinished: list[_Rows] = []
-    for work in works:
-        rows = _Rows(work, encoder.facts.dim)
-        unfinished.append(rows)
-        try:
-            for row, pixels in _timed(rows):
-                if pixels is None:
-                    rows.put(row, None)
-                    continue
-                batch.tiles.append((rows, row, pixels))
-                if len(batch.tiles) == BATCH:
-                    batch.flush()
-            rows.read_all = True
-        except SlideError as error:
-            rows.error = error
-        yield from (done.result() for done in unfinished if done.finished)
-        unfinished = [rows for rows in unfinished if not rows.finished]
-    batch.flush()
-    yield from (rows.result() for rows in unfinished)
+    batches: Batches | None = None
+    unfinished: list[SlideRows] = []
+    finished = Meter()
+
+    def tell(count: int) -> None:
+        on_tiles(count, sum((rows.meter for rows in unfinished), finished))
+
+    with Writer(WRITER_BYTES) as writer:
+        sources = (SlideRows(work, encoder.facts.dim, writer) for work in works)
+        with Feed(sources, settings.readers, settings.most_readers, settings.queue_bytes) as feed:
+            clock = perf_counter()
+            for item in feed:
+                if item is None:
+                    if batches is not None:
+                        batches.flush()
+                else:
+                    rows, tiles = item
+                    if rows not in unfinished:
+                        unfinished.append(rows)
+                    if batches is None or batches.px != rows.tree.tile_px:
+                        if batches is not None:
+                            batches.flush()
+                        batches = Batches(encoder, rows.tree.tile_px, device, settings.batch_size, tell)
+                    for tile in tiles or ():
+                        batches.add(rows, tile)
+                    rows.read_all = tiles is None
+                    rows.meter.spend(perf_counter() - clock, feed.readers.value)
+                    clock = perf_counter()
+                for rows in [rows for rows in unfinished if rows.finished]:
+                    unfinished.remove(rows)
+                    finished += rows.meter
+                    yield _result(rows, batches)
+        if batches is not None:
+            batches.flush()
+        yield from (_result(rows, batches) for rows in unfinished)
 
 
-def _timed(rows: _Rows) -> Iterator[tuple[int, np.ndarray | None]]:
-    """The missing tiles of a slide, with the time that reading takes."""
-    if not rows.missing.any():
-        return
-    started = perf_counter()
-    with rows.work.open() as slide, closing(stream_tiles(slide, rows.work.tree, rows.missing)) as tiles:
-        for tile in tiles:
-            rows.reading += perf_counter() - started
-            yield tile
-            started = perf_counter()
-    if not rows.work.unchanged():
-        raise UnreadableSlide(
-            rows.work.slide, "encode", "the file changed while it was read; run again when it is whole"
-        )
+def _result(rows: SlideRows, batches: Batches | None) -> Encoded:
+    invalid = rows.settle()
+    return Encoded(rows.slide, invalid, rows.error, rows.meter, batches.size.value if batches else 0)

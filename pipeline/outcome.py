@@ -4,10 +4,12 @@ import csv
 import os
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
+from typing import Any
 
 from .errors import SlideError
+from .meter import Meter
 
 
 @dataclass(frozen=True)
@@ -28,16 +30,31 @@ class Outcome:
     tiles: int | None = None
     seconds: float | None = None
     bound_by: str = ""
+    tiles_per_s: float | None = None  # these and the shares of time below: see Meter.rates
+    mpx_per_s: float | None = None
+    encoder_busy: float | None = None
+    waited_for_tiles: float | None = None
+    waited_for_slides: float | None = None
+    waited_for_writer: float | None = None
+    readers_busy: float | None = None
+    disk: float | None = None
+    writer_busy: float | None = None
+    unneeded: float | None = None
 
     @property
     def ok(self) -> bool:
         return self.status in ("done", "empty")
 
-    def after(self, seconds: float, bound_by: str = "") -> "Outcome":
-        return replace(self, seconds=round((self.seconds or 0) + seconds, 3), bound_by=bound_by or self.bound_by)
+    def after(self, seconds: float) -> "Outcome":
+        return replace(self, seconds=round((self.seconds or 0) + seconds, 3))
+
+    def at_speed(self, meter: Meter) -> "Outcome":
+        rates: dict[str, Any] = meter.rates()
+        return replace(self, bound_by=meter.bound_by, **rates) if meter.tiles else self
 
 
 COLUMNS = tuple(field.name for field in fields(Outcome))
+KINDS = {f.name: int if "int" in str(f.type) else float for f in fields(Outcome) if f.default is None}
 
 
 def failed(slide: str, error: SlideError) -> Outcome:
@@ -67,12 +84,11 @@ def read_outcomes(path: Path) -> list[Outcome]:
     """The rows of a slides.csv; none if there is no such file."""
     if not path.exists():
         return []
-    kinds = {"mpp": float, "tissue_mm2": float, "seconds": float, "width": int, "height": int, "tiles": int}
     rows = []
     with open(path, newline="", encoding="utf-8", errors="surrogateescape") as file:
         for row in csv.DictReader(file):
             cells = {
-                name: (kinds[name](row[name]) if row[name] else None) if name in kinds else row[name]
+                name: (KINDS[name](row[name]) if row.get(name) else None) if name in KINDS else row.get(name) or ""
                 for name in COLUMNS
             }
             rows.append(Outcome(**cells))  # type: ignore[arg-type]
@@ -81,12 +97,16 @@ def read_outcomes(path: Path) -> list[Outcome]:
 
 @dataclass(frozen=True)
 class Report:
-    """What a run did: a row per slide, tiles encoded now, seconds."""
+    """What a run did: a row per slide, where the time of its encoders went, seconds."""
 
     outcomes: tuple[Outcome, ...]
-    tiles_encoded: int = 0
+    meter: Meter = field(default_factory=Meter)
     seconds: float = 0.0
     interrupted: bool = False
+
+    @property
+    def tiles_encoded(self) -> int:
+        return self.meter.tiles
 
     @property
     def counts(self) -> dict[str, int]:

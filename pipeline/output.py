@@ -96,9 +96,24 @@ def write_run(out: Path, folder: Folder, recipe: Recipe) -> None:
     write_json(out / "run.json", there | about)
 
 
-def write_totals(out: Path, report: Report) -> None:
-    totals = {"slides": report.counts, "tiles_encoded": report.tiles_encoded, "seconds": round(report.seconds, 1)}
-    write_json(out / "run.json", read_run(out) | {"totals": totals})
+def write_totals(out: Path, report: Report, encoder: str, batch_sizes: dict[str, int]) -> None:
+    """What a run did, and the batch sizes that were found for an encoder, {device: tiles}."""
+    totals = {
+        "slides": report.counts,
+        "tiles_encoded": report.tiles_encoded,
+        "seconds": round(report.seconds, 1),
+        "speed": report.meter.rates() if report.tiles_encoded else None,
+        "bound_by": report.meter.sentence(),
+    }
+    about = read_run(out)
+    known = about.get("batch_sizes", {})
+    known[encoder] = known.get(encoder, {}) | batch_sizes
+    write_json(out / "run.json", about | {"totals": totals, "batch_sizes": known})
+
+
+def batch_sizes(out: Path, encoder: str) -> dict[str, int]:
+    """The batch sizes that earlier runs found for an encoder, {device: tiles}."""
+    return dict(read_run(out).get("batch_sizes", {}).get(encoder, {}))
 
 
 def status_lines(out: Path) -> tuple[list[str], int]:

@@ -235,13 +235,29 @@ def thumbnail(slide: Slide, mpp: float, min_px: int = 64) -> Thumbnail:
         for x in range(0, width, step):
             w, h = min(step, width - x), min(step, height - y)
             try:
-                part = read_box(slide, Box(x * fx, y * fy, w * fx, h * fy), (w, h), level)
-                rgb[y : y + h, x : x + w] = np.rint(part)
+                rgb[y : y + h, x : x + w] = _read_rounded(slide, Box(x * fx, y * fy, w * fx, h * fy), (w, h), level)
             except CorruptTiles:
                 _salvage(slide, rgb, unreadable, (x, y, w, h), (fx, fy), level)
     if unreadable.all():
         raise CorruptTiles(str(slide.path), "segment", "none of its pixels can be decoded")
     return Thumbnail(rgb, (fx, fy), slide.mpp * math.sqrt(fx * fy), unreadable)
+
+
+def _read_rounded(slide: Slide, box: Box, shape: tuple[int, int], level: int) -> np.ndarray:
+    """(height, width, 3) uint8: the area means, as of `read_mean` but rounded only once, from float32."""
+    at, columns, rows = window(slide, box, shape, level)
+    scale = slide.levels[level].downsample
+    pixels = slide.read(at.x * scale[0], at.y * scale[1], level, at.width, at.height)
+    parts = []
+    for low, high, matrix in rows.strips:  # in float32 the whole would not fit into the cache
+        strip = pixels[low:high].astype(np.float32)
+        if columns.factor == rows.factor > 0:
+            mean = cv2.resize(strip, (shape[0], matrix.shape[0]), interpolation=cv2.INTER_AREA)
+        else:
+            turned = cv2.transpose((matrix @ strip.reshape(high - low, -1)).reshape(-1, at.width, 3))
+            mean = cv2.transpose((columns.matrix @ turned.reshape(at.width, -1)).reshape(shape[0], -1, 3))
+        parts.append(np.rint(mean).astype(np.uint8))
+    return np.concatenate(parts)
 
 
 def _salvage(
@@ -256,7 +272,7 @@ def _salvage(
     x, y, w, h = part
     fx, fy = scale
     try:
-        rgb[y : y + h, x : x + w] = np.rint(read_box(slide, Box(x * fx, y * fy, w * fx, h * fy), (w, h), level))
+        rgb[y : y + h, x : x + w] = _read_rounded(slide, Box(x * fx, y * fy, w * fx, h * fy), (w, h), level)
         return
     except CorruptTiles:
         if max(w, h) == 1 or max(w * fx, h * fy) <= 64 * max(slide.levels[level].downsample):

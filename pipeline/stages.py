@@ -6,6 +6,7 @@ yields a row as each is finished.
 
 import importlib
 import platform
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -18,19 +19,23 @@ import numpy as np
 
 from extractors import Encoder, EncoderFacts, load_encoder
 
-from .config import Config, TileConfig, TissueConfig, digest
+from .config import Config, EncodeConfig, EngineConfig, TileConfig, TissueConfig, digest
 from .draw import overview, save_png
-from .encode import Encoded, Work, encode_slides
+from .encode import Encoded, Settings, encode_slides
 from .errors import BrokenBag, SlideError, UsageError
 from .fingerprint import Fingerprint, fingerprint, stamp
+from .meter import Meter
 from .outcome import Outcome, failed
 from .quadtree import QuadTree, build_quadtree
 from .readers import open_slide
+from .rows import Work
 from .scale import check_resolution
 from .slide import Slide, thumbnail
 from .store import BagStore, SlideGroup, read_attrs, short_name
 from .tissue import TissueMask, tissue_in
 
+# Settings that are no part of what a store holds: of one of its encoders, or of how the work is done.
+OTHERS = {*EncodeConfig.model_fields, *EngineConfig.model_fields} - {"dtype"}
 Tiler = Callable[[Slide, TissueMask, TileConfig], QuadTree]
 
 
@@ -69,7 +74,7 @@ class Recipe:
     def as_dict(self) -> dict[str, Any]:
         """The settings, but for the encoder's: a second encoder is another group beside the first."""
         settings = self.config.model_dump(mode="json")
-        return {name: value for name, value in settings.items() if name not in ("encoder", "weights", "force_scale")}
+        return {name: value for name, value in settings.items() if name not in OTHERS}
 
 
 def make_recipe(config: Config, encoder: Encoder, tiler: Tiler | None = None) -> Recipe:
@@ -266,12 +271,16 @@ def encode(
     out: Path,
     recipe: Recipe,
     device: str = "cpu",
-    on_tiles: Callable[[int], None] = lambda count: None,
-) -> Iterator[Outcome]:
-    """Encode prepared slides as they come; yields the row of each as it is finished, with status `done` or `failed`."""
+    on_tiles: Callable[[int, Meter], None] = lambda count, so_far: None,
+    settings: Settings = Settings(),
+) -> Iterator[tuple[Outcome, Encoded]]:
+    """Encode prepared slides as they come; yields the row of each as it is finished, with status `done` or `failed`.
+
+    `encoder` is loaded on `device`. `slides` is taken from by another thread, ahead of what is encoded.
+    """
     rows: dict[str, Outcome] = {}
     groups: dict[str, SlideGroup] = {}
-    broken: list[Outcome] = []
+    broken: deque[Outcome] = deque()  # filled by the thread that takes from `slides`
 
     def works() -> Iterator[Work]:
         for file, row in slides:
@@ -283,22 +292,23 @@ def encode(
                 continue
             yield work
 
-    for result in encode_slides(works(), encoder, device, on_tiles):
-        yield _finish(rows.pop(result.slide), groups.pop(result.slide), result, recipe)
-        yield from broken
-        broken.clear()
-    yield from broken
+    for result in encode_slides(works(), encoder, device, on_tiles, settings):
+        yield _finish(rows.pop(result.slide), groups.pop(result.slide), result, recipe), result
+        while broken:
+            yield broken[0], Encoded(broken.popleft().slide)
+    while broken:
+        yield broken[0], Encoded(broken.popleft().slide)
 
 
 def _finish(row: Outcome, group: SlideGroup, result: Encoded, recipe: Recipe) -> Outcome:
     """Commit a slide whose chunks are all written; its own attributes come last."""
-    row = row.after(result.reading + result.encoding, result.bound_by if result.rows else "")
+    row = row.after(result.meter.seconds).at_speed(result.meter)
     if result.error is not None:
         fault = failed(result.slide, result.error)
         return replace(row, status="failed", stage=fault.stage, error=fault.error, message=fault.message)
     if result.invalid:
         row = replace(row, message="; ".join(filter(None, [row.message, _invalid_words(result.invalid)])))
-    group.features(recipe.encoder_key).finish()
+    group.features(recipe.encoder_key).finish(batch_size=result.batch_size)
     tiles = [level.stop - level.start for level in group.tree().levels]
     group.finish("complete", counts={"tiles": tiles, "invalid": result.invalid})
     return replace(row, status="done")
@@ -314,7 +324,8 @@ def _work(file: SlideFile, group: SlideGroup, encoder: Encoder, recipe: Recipe, 
         "encoder": encoder.facts.as_dict(),
         "weights": recipe.weights_words,
         "weights_sha256": recipe.weights_sha256,
-        "precision": "fp32",
+        "precision": encoder.precision,
+        "compiled": recipe.config.compile,
         "feature_hash": recipe.hash_of(tree.facts()),
         "tiles": tree.hash,
         "reader": reader,
@@ -350,8 +361,9 @@ def is_current(file: SlideFile, group: SlideGroup, recipe: Recipe, deep: bool = 
             "feature_hash": recipe.hash_of(tiles),
             "tiles": attrs["hashes"]["tiles"],
             "reader": attrs["reader"]["used"],
-            "precision": "fp32",
         }
+        if recipe.config.precision != "auto":  # auto takes what there is: one machine differs from the next
+            wanted["precision"] = recipe.config.precision
         if any(facts.get(name) != value for name, value in wanted.items()):
             return False
         if deep:

@@ -5,19 +5,14 @@ chunks of rows, each once: a chunk that exists is finished, whatever happened af
 """
 
 import hashlib
-import json
-import math
 import os
 import shutil
-from functools import cached_property
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import zarr
-from zarr.codecs import Crc32cCodec, ZstdCodec
-from zarr.storage import LocalStore
 
+from .arrays import PLAIN, DamagedArray, StoredArray, read_attrs, write_group
 from .errors import BrokenBag, UsageError, nearest, slide_door
 from .quadtree import QuadTree
 from .tissue import TissueMask
@@ -28,9 +23,6 @@ if TYPE_CHECKING:
 SCHEMA = "slidestream/bag"
 SCHEMA_VERSION = 1
 CHUNK_ROWS = 2048
-# Features are nearly random: compression gains little and costs most of the time. The checksum is the last codec.
-PLAIN = (Crc32cCodec(),)
-SMALL = (ZstdCodec(level=3), Crc32cCodec())
 MAX_NAME_BYTES = 240
 
 
@@ -107,15 +99,6 @@ def short_name(name: str, suffix: str) -> str:
     )
 
 
-def read_attrs(path: Path) -> dict[str, Any]:
-    """The attributes of a group, {} if there is none or its zarr.json is cut. By hand: 50 times faster than zarr."""
-    try:
-        attributes = json.loads((path / "zarr.json").read_bytes())["attributes"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return {}
-    return attributes if isinstance(attributes, dict) else {}
-
-
 class SlideGroup:
     """One slide's group on disk."""
 
@@ -133,28 +116,22 @@ class SlideGroup:
         attrs = self.attrs
         return attrs.get("status", "missing") if attrs.get("schema") == SCHEMA else "missing"
 
-    @cached_property
-    def _zarr(self) -> zarr.Group:
-        # A LocalStore and not a string: zarr takes "::" in a string for a chain of addresses.
-        return zarr.open_group(LocalStore(self.path), mode="a", zarr_format=3)
-
     def begin(self, status: str = "writing", **attrs: Any) -> None:
         """Start or take up a group. One whose own attributes cannot be read is begun anew."""
-        if not self.attrs and self.path.exists():
+        old = self.attrs
+        if not old and self.path.exists():
             shutil.rmtree(self.path)
-            self.__dict__.pop("_zarr", None)
-        self.path.mkdir(parents=True, exist_ok=True)
         self._sweep()
-        hashes = self.attrs.get("hashes", {})
+        hashes = old.get("hashes", {})
         self.update(schema=SCHEMA, schema_version=SCHEMA_VERSION, status=status, hashes=hashes, **attrs)
 
     def _sweep(self) -> None:
-        """Remove what a killed writer left half-written; zarr writes a chunk aside and renames it."""
+        """Remove what a killed writer left half-written: a file is written aside and renamed."""
         for part in self.path.rglob("*.partial"):
             part.unlink(missing_ok=True)
 
     def update(self, **attrs: Any) -> None:
-        self._zarr.attrs.put(self.attrs | attrs)
+        write_group(self.path, self.attrs | attrs)
 
     def drop(self, *parts: str) -> None:
         """Delete parts of the group (`tissue`, `tiles`, `features`, `predictions`)."""
@@ -166,25 +143,25 @@ class SlideGroup:
         self.update(status=status, **attrs)
 
     def write_tissue(self, mask: TissueMask, thumbnail: np.ndarray, tissue_hash: str) -> None:
+        if self.attrs.get("hashes"):
+            self.update(hashes={})  # a writer killed below must not leave new tissue under the hash of the old
         self.drop("tissue", "tiles", "features", "predictions")
-        _write(self._zarr, "tissue/mask", mask.image.astype(np.uint8), mask.image.shape)
-        _write(self._zarr, "tissue/thumbnail", thumbnail, thumbnail.shape)
         facts = {
             "downsample": list(mask.downsample),
             "mpp": mask.mpp,
             "method": mask.method,
             "warnings": list(mask.warnings),
         }
-        self._zarr["tissue"].attrs.put(cast(Any, facts))
+        write_group(self.path / "tissue", facts)
+        StoredArray.write(self.path / "tissue/mask", mask.image.astype(np.uint8))
+        StoredArray.write(self.path / "tissue/thumbnail", thumbnail)
         self.update(hashes={"tissue": tissue_hash})
 
     def write_tiles(self, tree: QuadTree) -> None:
         self.drop("tiles", "features", "predictions")
-        rows = max(len(tree), 1)
+        write_group(self.path / "tiles", tree.facts())
         for name in ("grid", "xy", "tissue", "parent"):
-            column = getattr(tree, name)
-            _write(self._zarr, f"tiles/{name}", column, (rows, *column.shape[1:]))
-        self._zarr["tiles"].attrs.put(tree.facts())
+            StoredArray.write(self.path / "tiles" / name, getattr(tree, name))
         self.update(hashes={"tissue": self.attrs["hashes"]["tissue"], "tiles": tree.hash})
 
     def mask(self) -> TissueMask:
@@ -225,18 +202,11 @@ class SlideGroup:
     def _door(self):  # type: ignore[no-untyped-def]  # a context manager
         return slide_door(self.slide, "store", BrokenBag)
 
-    def _read_group(self, name: str) -> zarr.Group:
-        return zarr.open_group(LocalStore(self.path / name, read_only=True), mode="r", zarr_format=3)
-
     def _whole(self, name: str) -> np.ndarray:
-        array = zarr.open_array(LocalStore(self.path / name, read_only=True), mode="r", zarr_format=3)
-        lost = missing_chunks(self.path / name, array)
-        if lost:
-            raise self._broken(f"{name}: chunk {lost[0]} is missing")
         try:
-            return np.asarray(array[...])
-        except ValueError as error:
-            raise self._broken(f"{name} is damaged ({error})") from error
+            return StoredArray.open(self.path / name).read()
+        except DamagedArray as error:
+            raise self._broken(f"{name}: {error}") from error
 
     def _broken(self, what: str) -> BrokenBag:
         return BrokenBag(
@@ -280,16 +250,23 @@ class SlideGroup:
         """predictions/<model>: small arrays and, last, their attributes with `status: complete`."""
         name = f"predictions/{model}"
         self.drop(name)
+        self._make_room("predictions")
         for key, array in arrays.items():
-            _write(self._zarr, f"{name}/{key}", array, tuple(max(side, 1) for side in array.shape))
-        self._zarr[name].attrs.put(attrs | {"status": "complete"})
+            StoredArray.write(self.path / name / key, array)
+        write_group(self.path / name, attrs | {"status": "complete"})
 
     def prediction(self, model: str) -> dict[str, np.ndarray]:
-        if read_attrs(self.path / "predictions" / model).get("status") != "complete":
+        folder = self.path / "predictions" / model
+        if read_attrs(folder).get("status") != "complete":
             raise BrokenBag(self.slide, "store", f"there is no prediction of the model {model!r}")
         with self._door():
-            names = self._read_group(f"predictions/{model}").array_keys()
+            names = sorted(part.name for part in folder.iterdir() if part.is_dir())
             return {name: self._whole(f"predictions/{model}/{name}") for name in names}
+
+    def _make_room(self, part: str) -> None:
+        """`features` and `predictions` are groups of groups."""
+        if not (self.path / part / "zarr.json").exists():
+            write_group(self.path / part, {})
 
 
 class Features:
@@ -309,30 +286,12 @@ class Features:
         old = self.attrs
         if any(old.get(name) != value for name, value in attrs.items()) or not self._arrays_fit(rows, dim, dtype):
             self._drop(old.get("feature_hash"))
-            create = self.group._zarr.create_array
-            options: dict[str, Any] = {"config": {"write_empty_chunks": True}}
-            name = f"features/{self.key}"
-            create(
-                f"{name}/valid",
-                shape=(rows,),
-                chunks=(CHUNK_ROWS,),
-                dtype="bool",
-                compressors=SMALL,
-                fill_value=False,
-                **options,
-            )
-            create(
-                f"{name}/x",
-                shape=(rows, dim),
-                chunks=(CHUNK_ROWS, dim),
-                dtype=dtype,
-                compressors=PLAIN,
-                fill_value=0,
-                **options,
-            )
-        self.group._zarr[f"features/{self.key}"].attrs.put(attrs | {"status": "writing"})
-        self._x = self._open("x", "a")
-        self._valid = self._open("valid", "a")
+            self.group._make_room("features")
+            StoredArray.create(self.path / "valid", (rows,), bool, CHUNK_ROWS)
+            StoredArray.create(self.path / "x", (rows, dim), dtype, CHUNK_ROWS, PLAIN)
+        # After the arrays: attributes that fit say that these were begun for them.
+        write_group(self.path, attrs | {"status": "writing"})
+        self._x, self._valid = self._open()
 
     def _drop(self, feature_hash: str | None) -> None:
         """Delete these features, and the predictions that were made of them."""
@@ -342,17 +301,15 @@ class Features:
 
     def _arrays_fit(self, rows: int, dim: int, dtype: str) -> bool:
         try:
-            x, valid = self._open("x", "r"), self._open("valid", "r")
+            x, valid = self._open()
         except (OSError, ValueError, KeyError, TypeError):
             return False
-        return x.shape == (rows, dim) and valid.shape == (rows,) and x.dtype == np.dtype(dtype)
+        chunks = ((CHUNK_ROWS, dim), (CHUNK_ROWS,))
+        found = (x.shape, valid.shape, x.chunk_shape, valid.chunk_shape, x.dtype)
+        return found == ((rows, dim), (rows,), *chunks, np.dtype(dtype))
 
-    def _open(self, name: str, mode: Any) -> zarr.Array:
-        # Set here, as open_array ignores its `config`; a chunk of zeros that is left out would look unfinished.
-        with zarr.config.set({"array.write_empty_chunks": True}):
-            return zarr.open_array(
-                LocalStore(self.path / name, read_only=mode == "r"), mode=mode if mode == "r" else "r+", zarr_format=3
-            )
+    def _open(self) -> tuple[StoredArray, StoredArray]:
+        return StoredArray.open(self.path / "x"), StoredArray.open(self.path / "valid")
 
     @property
     def dtype(self) -> np.dtype:
@@ -360,93 +317,34 @@ class Features:
 
     def stored_valid(self) -> np.ndarray:
         """(M,) bool of features that are being written; rows whose chunk is missing are False."""
-        return np.asarray(self._valid[...])
+        return np.asarray(self._valid.stored[...])
 
     def missing_rows(self) -> np.ndarray:
         """(M,) bool: the rows whose chunk is not there yet, or is damaged."""
         missing = np.zeros(self._x.shape[0], bool)
-        for name, array in (("x", self._x), ("valid", self._valid)):
-            lost = set(missing_chunks(self.path / name, array))
-            for chunk in range(math.ceil(len(missing) / CHUNK_ROWS)):
-                rows = slice(chunk * CHUNK_ROWS, (chunk + 1) * CHUNK_ROWS)
-                if chunk in lost or _is_damaged(array, rows):
-                    missing[rows] = True
+        for array in (self._x, self._valid):
+            lost = set(array.missing())
+            for chunk in array.chunks:
+                if chunk in lost or array.is_damaged(chunk):
+                    missing[array.rows(chunk)] = True
         return missing
 
     def write_chunk(self, chunk: int, x: np.ndarray, valid: np.ndarray) -> None:
         """One whole chunk of rows; `valid` first, so that an `x` chunk that exists has its `valid`."""
-        rows = slice(chunk * CHUNK_ROWS, chunk * CHUNK_ROWS + len(x))
-        if rows.stop != min((chunk + 1) * CHUNK_ROWS, self._x.shape[0]):
-            raise ValueError("a chunk is written whole or not at all")
-        self._valid[rows] = valid
-        self._x[rows] = x
+        self._valid.write_chunk(chunk, valid)
+        self._x.write_chunk(chunk, x)
 
     def chunks_are_there(self) -> bool:
         """Every chunk is stored, in its full size where that is known; no chunk is read."""
         with self.group._door():
-            return not any(missing_chunks(self.path / name, self._open(name, "r")) for name in ("x", "valid"))
+            return not any(array.missing() for array in self._open())
 
     def finish(self, **attrs: Any) -> None:
-        self.group._zarr[f"features/{self.key}"].attrs.put(self.attrs | attrs | {"status": "complete"})
+        write_group(self.path, self.attrs | attrs | {"status": "complete"})
 
     def read(self) -> tuple[np.ndarray, np.ndarray]:
         """x (M, D) float16 or float32 and valid (M,) bool. BrokenBag if a chunk is missing or fails its checksum."""
         if self.attrs.get("status") != "complete":
             raise BrokenBag(self.group.slide, "store", f"its features of {self.key} are not finished")
         with self.group._door():
-            return tuple(self._checked(name) for name in ("x", "valid"))  # type: ignore[return-value]
-
-    def _checked(self, name: str) -> np.ndarray:
-        label = f"features/{self.key}/{name}"
-        array = self._open(name, "r")
-        lost = missing_chunks(self.path / name, array)
-        if lost:
-            raise self.group._broken(f"{label}: chunk {lost[0]} is missing")
-        for chunk in range(math.ceil(array.shape[0] / CHUNK_ROWS)):
-            if _is_damaged(array, slice(chunk * CHUNK_ROWS, (chunk + 1) * CHUNK_ROWS)):
-                raise self.group._broken(f"{label}: chunk {chunk} is damaged (its checksum is wrong)")
-        return np.asarray(array[...])
-
-
-def _is_damaged(array: zarr.Array, rows: slice) -> bool:
-    try:
-        array[rows]
-    except ValueError:  # of the checksum
-        return True
-    return False
-
-
-def missing_chunks(path: Path, array: zarr.Array) -> list[int]:
-    """The first-axis chunks that are not stored whole; a missing chunk would read as zeros.
-
-    All our arrays are chunked along their first axis alone. Uncompressed chunks have one size, which is checked too.
-    """
-    rest = "/0" * (array.ndim - 1)
-    whole = math.prod(array.chunks) * array.dtype.itemsize + 4 if _is_plain(array) else None
-    lost = []
-    for chunk in range(math.ceil(array.shape[0] / array.chunks[0])):
-        try:
-            size = os.stat(path / f"c/{chunk}{rest}").st_size
-        except FileNotFoundError:
-            size = -1
-        if size < 1 or (whole is not None and size != whole):
-            lost.append(chunk)
-    return lost
-
-
-def _is_plain(array: zarr.Array) -> bool:
-    return not any(isinstance(codec, ZstdCodec) for codec in array.compressors)
-
-
-def _write(group: zarr.Group, name: str, data: np.ndarray, chunks: tuple[int, ...]) -> None:
-    array = group.create_array(
-        name,
-        shape=data.shape,
-        chunks=chunks,
-        dtype=data.dtype,
-        compressors=SMALL,
-        fill_value=0,
-        config={"write_empty_chunks": True},
-    )
-    if data.size:
-        array[...] = data
+            return self.group._whole(f"features/{self.key}/x"), self.group._whole(f"features/{self.key}/valid")

@@ -159,6 +159,13 @@ class TileReader:
         at = self._window(block)
         return 3 * at.width * at.height + 12 * self._side_px(block) ** 2
 
+    @property
+    def needed(self) -> int:
+        """Pixels of the source under the finest tiles of all blocks."""
+        each = (self.tree.levels[self._bottom].span_px / self._scale) ** 2
+        below = [self._below(block.level, block.low, block.high)[-1] for block in self.blocks]
+        return round(each * sum(high - low for _, low, high in below))
+
     def _window(self, block: Block) -> Window:
         side = self._side_px(block)
         return window(self.slide, block.box, (side, side), self.source)[0]

@@ -14,19 +14,21 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = ("pipeline", "extractors", "heads")
 # A module imports only those that stand before it. `__init__` of pipeline is exempt: it only names them.
 ORDER = (
-    *("errors", "config", "scale", "area", "slide", "readers", "tissue", "shapes", "quadtree", "store", "stream", "encode"),
-    *("draw", "prediction", "fingerprint", "outcome", "tables", "folder", "stages", "lock", "output", "batch"),
-    *("labels", "training", "demo", "doctor", "quiet", "cli"),
+    *("errors", "doubling", "meter", "config", "scale", "area", "slide", "readers", "tissue", "shapes", "quadtree"),
+    *("arrays", "store", "stream", "feed", "rows", "encode", "draw", "prediction", "fingerprint", "outcome", "tables"),
+    *("folder", "stages", "lock", "output", "worker", "cluster", "batch", "labels", "training", "demo", "doctor"),
+    "cli",
 )
 BROAD = {
     ("pipeline/errors.py", "slide_door"),
     ("pipeline/cli.py", "main"),
     ("pipeline/readers/tifftiles.py", "_rgb"),
+    ("pipeline/feed.py", "_run"),
 }
 ONLY_IN = {
-    "dask": ("pipeline/batch.py",),
-    "distributed": ("pipeline/batch.py",),
-    "zarr": ("pipeline/store.py",),
+    "dask": ("pipeline/cluster.py",),
+    "distributed": ("pipeline/cluster.py",),
+    "zarr": ("pipeline/arrays.py",),
     "openslide": ("pipeline/readers/",),
     "tiffslide": ("pipeline/readers/",),
 }
@@ -199,7 +201,8 @@ def test_the_page_on_the_architecture_has_the_same_order():
         ("pipeline/stages.py", "from pipeline.store import BagStore"),
         ("pipeline/stages.py", "from . import BagStore"),
         ("pipeline/stages.py", "import dask.distributed"),
-        ("pipeline/quiet.py", "from distributed import Worker"),
+        ("pipeline/batch.py", "import dask"),
+        ("pipeline/worker.py", "from distributed import Worker"),
         ("pipeline/prediction.py", "def f():\n    import zarr"),
         ("pipeline/scale.py", "import tiffslide"),
         ("extractors/uni.py", "from openslide import OpenSlide"),
@@ -220,7 +223,7 @@ def test_each_rule_is_able_to_fail(file, source):
         ("pipeline/readers/openslide.py", "import openslide as library\nfrom ..scale import ScaleTags"),
         ("pipeline/readers/__init__.py", "from .tiffcheck import fault\nfrom ..slide import Slide"),
         ("pipeline/prediction.py", "from heads import load_head\nfrom .store import BagStore"),
-        ("pipeline/batch.py", "import dask"),
+        ("pipeline/cluster.py", "import dask"),
         ("pipeline/readers/__init__.py", "try:\n    pass\nexcept BaseException:\n    close()\n    raise"),
         ("pipeline/errors.py", "def slide_door():\n    try:\n        pass\n    except Exception:\n        pass"),
     ],

@@ -12,7 +12,7 @@ import tifffile
 from ..errors import CorruptTiles, UnreadableSlide, slide_door
 from ..scale import GIVEN_RANGE, ScaleTags, aperio_tags, resolution_tags
 from ..slide import Box, Slide, make_levels
-from .tiffcheck import DEFLATE, JPEG_2000, WEBP
+from .tiffcheck import DEFLATE, JPEG_2000, JPEG_LIKE, WEBP
 
 CACHE_BYTES = 64 << 20  # one for all slides of a process; OpenSlide's default is one of 32 MB for every handle
 VERSION = f"openslide {library.__library_version__}"
@@ -44,12 +44,14 @@ def _doubt(path: Path, slide: "OpenSlideSlide") -> str:
     if fault:
         slide.close()
         raise UnreadableSlide(str(path), "open", f"{fault}, which OpenSlide misreads")
-    if page.compression in DEFLATE:
-        return "it does not notice damaged deflate tiles"
-    # The native decoders of these do not notice damage, which is worse than a shift by a part of a pixel.
-    if slide.interpolated and page.compression not in (*JPEG_2000, *WEBP):
-        return f"it interpolates between the pixels of levels {slide.interpolated}"
-    return ""
+    # The native decoders of these do not notice damage, and are not faster (docs/performance.md).
+    if page.compression in (*JPEG_2000, *WEBP):
+        return ""
+    reasons = [f"it interpolates between the pixels of levels {slide.interpolated}"] if slide.interpolated else []
+    if page.compression in (*JPEG_LIKE, *DEFLATE):
+        kind = "deflate" if page.compression in DEFLATE else "JPEG"
+        reasons.append(f"it does not notice damage within {kind} tiles")
+    return "; ".join(reasons) or "it is slower than native decoding"
 
 
 def _misread(page: tifffile.TiffPage) -> str:

@@ -89,7 +89,7 @@ def test_wrong_input_is_refused(name: str, wrong: np.ndarray | torch.Tensor) -> 
 @pytest.mark.parametrize("name", ["timm/resnet18", "timm/vit_tiny_patch16_224", "resnet50_trunc", "lab_lbp"])
 def test_features_do_not_depend_on_the_batch(name: str) -> None:
     """Bit-identical resume rests on this."""
-    encoder = make(name).load()
+    encoder = make(name).load(precision="fp32")
     tiles = tiles_for(encoder, 5)
     together = encoder.encode(tiles)
     for size in (1, 3):
@@ -99,7 +99,9 @@ def test_features_do_not_depend_on_the_batch(name: str) -> None:
 
 
 def test_normalisation_is_that_of_the_facts() -> None:
-    encoder = load_encoder("timm/vit_tiny_patch16_224", "random").load()  # mean and std are 0.5 here, not ImageNet's
+    encoder = load_encoder("timm/vit_tiny_patch16_224", "random").load(
+        precision="fp32"
+    )  # mean, std 0.5, not ImageNet's
     tiles = tiles_for(encoder, 2)
     images = (torch.from_numpy(tiles).permute(0, 3, 1, 2).double() / 255 - 0.5) / 0.5
     expected = encoder._network(images.float())  # type: ignore[attr-defined]

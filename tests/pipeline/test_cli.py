@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 from pipeline import batch, cli, doctor, output, training
 from pipeline.config import Config
 from pipeline.errors import BrokenBag, RunStopped, UsageError
+from pipeline.meter import Meter
 from pipeline.outcome import Outcome, Report
 from pipeline.training import Trained
 
@@ -88,7 +89,7 @@ def test_run_hands_everything_on(monkeypatch, tmp_path, capsys):
 
     def run(slides, out, **options):
         seen.update(options, slides=slides, out=out)
-        return Report((Outcome("a", "done"), Outcome("b", "empty")), 120, 3.0)
+        return Report((Outcome("a", "done"), Outcome("b", "empty")), Meter(tiles=120, seconds=2.5, encoding=2.4), 3.0)
 
     monkeypatch.setattr(batch, "run", run)
     (tmp_path / "c.toml").write_text("mpp = 1.0\nmin_tissue = 0.3\n")
@@ -328,7 +329,7 @@ def test_plain_lines_where_there_is_no_terminal(capsys):
     with cli._Terminal() as terminal:
         terminal.start(3, 2)
         terminal.slide(Outcome("a.svs", "done", tiles=12, seconds=1.26))
-        terminal.tiles(12)
+        terminal.tiles(12, Meter())
         terminal.slide(Outcome("b.svs", "failed", "open", message="it is cut"))
     assert capsys.readouterr().out.splitlines() == [
         "3 slides, 1 finished before, 2 to do",
@@ -342,7 +343,8 @@ def test_bars_on_a_terminal(monkeypatch, capsys):
     with cli._Terminal() as terminal:
         terminal.start(3, 2)
         terminal.slide(Outcome("a[b].svs", "failed", message="[red]it is cut[/x]"))
-        terminal.tiles(12)
+        terminal.tiles(12, Meter(tiles=12, seconds=0.5, encoding=0.4))
+        assert terminal.bars.tasks[1].fields["rate"] == "24 tiles/s, encoder busy 80%"
         assert terminal.bars.tasks[0].completed == 2
         assert terminal.bars.tasks[1].completed == 12
     assert "failed a[b].svs: [red]it is cut[/x]" in capsys.readouterr().out, "names are no markup"

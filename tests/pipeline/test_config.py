@@ -14,6 +14,7 @@ from pipeline.config import (
     PRESETS,
     Config,
     EncodeConfig,
+    EngineConfig,
     TileConfig,
     TissueConfig,
     difference,
@@ -45,6 +46,11 @@ OTHER = {
     "weights": "w.safetensors",
     "force_scale": True,
     "dtype": "float32",
+    "precision": "fp32",
+    "compile": True,
+    "batch_size": 8,
+    "readers": 3,
+    "queue_mb": 64,
     "reader": "tiffslide",
 }
 
@@ -58,7 +64,8 @@ def test_every_setting_has_another_value_here():
 
 
 def test_settings_of_the_parts_make_up_the_whole():
-    parts = [*TissueConfig.model_fields, *TileConfig.model_fields, *EncodeConfig.model_fields, "reader"]
+    parts = [*TissueConfig.model_fields, *TileConfig.model_fields, *EncodeConfig.model_fields]
+    parts += [*EngineConfig.model_fields, "reader"]
     assert sorted(parts) == sorted(Config.model_fields), "no field in two parts, none left out"
     config = changed("min_density")
     assert config.tissue == TissueConfig(min_density=0.1)

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.errors import BrokenBag, MissingMpp
+from pipeline.meter import Meter
 from pipeline.outcome import COLUMNS, Outcome, Report, failed, read_outcomes, write_outcomes
 
 ROW = Outcome(
@@ -16,8 +17,9 @@ ROW = Outcome(
 
 
 def test_columns_are_those_of_the_design():
+    """Those of its section 6, then what bounded the slide."""
     design = "slide,status,stage,error,message,mpp,mpp_source,reader,width,height,tissue_mm2,tiles,seconds,bound_by"
-    assert ",".join(COLUMNS) == design
+    assert (*design.split(","), *Meter().rates()) == COLUMNS
 
 
 def test_round_trip(tmp_path):
@@ -72,9 +74,12 @@ def test_failed_tells_the_slide_by_its_name_and_in_one_line():
 
 
 def test_seconds_add_up_and_the_limit_is_kept():
-    row = Outcome("a", "ready").after(1.2344).after(2.0, "reading")
-    assert (row.seconds, row.bound_by) == (3.234, "reading")
+    meter = Meter(tiles=10, seconds=2.0, encoding=0.5, waiting=1.5, decoded=4_000_000)
+    row = Outcome("a", "ready").after(1.2344).after(2.0).at_speed(meter)
+    assert (row.seconds, row.bound_by, row.tiles_per_s, row.mpx_per_s) == (3.234, "reading", 5.0, 2.0)
+    assert (row.encoder_busy, row.waited_for_tiles) == (0.25, 0.75)
     assert row.after(0).bound_by == "reading"
+    assert row.at_speed(Meter()) == row, "nothing was encoded now"
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,18 @@ from pipeline.config import make_config
 from pipeline.errors import UsageError
 from pipeline.folder import Folder
 from pipeline.lock import locked
+from pipeline.meter import Meter
 from pipeline.outcome import Outcome, Report, write_outcomes
-from pipeline.output import check_out, make_writable, read_run, status_lines, write_json, write_run, write_totals
+from pipeline.output import (
+    batch_sizes,
+    check_out,
+    make_writable,
+    read_run,
+    status_lines,
+    write_json,
+    write_run,
+    write_totals,
+)
 from pipeline.stages import make_recipe
 from pipeline.store import BagStore
 
@@ -55,13 +65,25 @@ def test_run_json_round_trip(tmp_path):
 
 def test_commands_and_encoders_are_added_to_and_totals_kept(tmp_path):
     write_run(tmp_path, folder(), recipe())
-    write_totals(tmp_path, Report((Outcome("a", "done"), Outcome("b", "failed")), 77, 1.26))
+    meter = Meter(tiles=77, seconds=1.1, encoding=1.0, decoded=2_200_000)
+    write_totals(tmp_path, Report((Outcome("a", "done"), Outcome("b", "failed")), meter, 1.26), "colour", {"cpu": 32})
     other = make_recipe(make_config(encoder="second"), Encoder(EncoderFacts(**FACTS.as_dict() | {"name": "second"})))
     write_run(tmp_path, folder(), other)
     about = read_run(tmp_path)
     assert [command["encoder"] for command in about["commands"]] == ["colour", "second"]
     assert set(about["encoders"]) == {"colour", "second"}
-    assert about["totals"] == {"slides": {"done": 1, "failed": 1}, "tiles_encoded": 77, "seconds": 1.3}
+    assert about["totals"] == {
+        "slides": {"done": 1, "failed": 1},
+        "tiles_encoded": 77,
+        "seconds": 1.3,
+        "speed": meter.rates(),
+        "bound_by": "bound by encoding: the encoder was busy 91% of the time",
+    }
+    write_totals(tmp_path, Report(()), "second", {"H200": 256})
+    assert (batch_sizes(tmp_path, "colour"), batch_sizes(tmp_path, "second")) == ({"cpu": 32}, {"H200": 256})
+    write_totals(tmp_path, Report(()), "colour", {})
+    assert batch_sizes(tmp_path, "colour") == {"cpu": 32}, "a run that encoded nothing forgets nothing"
+    assert batch_sizes(tmp_path / "new", "colour") == {}
 
 
 @pytest.mark.parametrize("content", [None, b"", b'{"root": '])

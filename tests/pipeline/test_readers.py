@@ -306,13 +306,25 @@ def test_arrays_of_other_kinds_are_refused(pixels):
 # ---- layouts and names ----------------------------------------------------------------------------------------------
 
 
-def test_auto_takes_openslide_where_it_is_exact(tmp_path, address):
-    write_slide(tmp_path / "a.svs", address(256, 192), 0.5, downsamples=(2, 4), tile_px=64)
-    with open_slide(tmp_path / "a.svs") as slide:
-        assert (slide.reader, slide.refusals, slide.warnings) == ("openslide", (), ())
+@pytest.mark.parametrize(
+    ("compression", "reader"),
+    [("jpeg", "tiffslide"), ("lzw", "tiffslide"), ("deflate", "tiffslide"), ("zstd", "tiffslide"), (None, "tiffslide"),
+     ("aperio_jp2000_rgb", "openslide")],
+)  # fmt: skip
+def test_the_reader_is_a_fixed_function_of_the_codec(tmp_path, address, compression, reader):
+    """The table of docs/performance.md."""
+    path = tmp_path / "a.svs"
+    options = {"photometric": "rgb", "compression": compression, "description": "Aperio Image\n|MPP = 0.5"}
+    tifffile.imwrite(path, address(256, 192), tile=(64, 64), metadata=None, **options)
+    for _ in range(2):
+        with open_slide(path) as slide:
+            assert slide.reader == reader
 
 
-@pytest.mark.parametrize(("size", "lossless", "word"), [((W, H), False, "interpolates"), ((256, 192), True, "deflate")])
+@pytest.mark.parametrize(
+    ("size", "lossless", "word"),
+    [((W, H), False, "interpolates"), ((256, 192), True, "deflate"), ((256, 192), False, "damage within JPEG")],
+)
 def test_auto_takes_tiffslide_where_openslide_is_in_doubt(tmp_path, address, size, lossless, word):
     write_slide(tmp_path / "a.svs", address(*size), 0.5, downsamples=(2, 4), tile_px=64, lossless=lossless)
     with open_slide(tmp_path / "a.svs") as slide:

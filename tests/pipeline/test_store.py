@@ -1,17 +1,22 @@
 """The store on disk: its layout, what counts as whole, and that damage is never read as data."""
 
 import errno
+import itertools
+import json
 import os
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 import zarr
 
+from pipeline import arrays
 from pipeline import store as module
 from pipeline.errors import BrokenBag, UsageError
 from pipeline.quadtree import QuadTree, build_quadtree
 from pipeline.readers import open_slide
-from pipeline.store import BagStore, SlideGroup, group_path, missing_chunks, read_attrs, short_name
+from pipeline.store import BagStore, SlideGroup, group_path, read_attrs, short_name
 from pipeline.tissue import TissueMask
 
 RNG = np.random.default_rng(0)
@@ -230,7 +235,7 @@ def test_every_byte_of_a_chunk_is_guarded(store, at):
 
 def test_a_table_of_tiles_that_was_exchanged_is_refused(store):
     group = whole(store, tree())
-    group._zarr["tiles/xy"][0] = (999, 999)  # whole chunk, right checksum, other tiles
+    zarr.open_group(group.path)["tiles/xy"][0] = (999, 999)  # whole chunk, right checksum, other tiles
     with pytest.raises(BrokenBag, match="not the one that was written"):
         group.tree()
 
@@ -252,22 +257,9 @@ def test_a_machine_at_fault_is_not_a_broken_bag(store, monkeypatch):
     def full(*_, **__):
         raise OSError(errno.EMFILE, "Too many open files")
 
-    monkeypatch.setattr(module.zarr, "open_array", full)
+    monkeypatch.setattr(module.StoredArray, "open", full)
     with pytest.raises(OSError, match="Too many"):
         group.mask()
-
-
-def test_missing_chunks_against_a_listing(tmp_path):
-    array = zarr.create_array(
-        tmp_path / "a", shape=(23, 3), chunks=(5, 3), dtype="f2", compressors=module.PLAIN,
-        config={"write_empty_chunks": True},
-    )  # fmt: skip
-    array[:] = 0
-    assert missing_chunks(tmp_path / "a", array) == []
-    (tmp_path / "a/c/0/0").unlink()
-    (tmp_path / "a/c/3/0").write_bytes(b"")
-    (tmp_path / "a/c/4/0").write_bytes((tmp_path / "a/c/4/0").read_bytes()[:-1])
-    assert missing_chunks(tmp_path / "a", array) == [0, 3, 4]
 
 
 # --- what counts as whole --------------------------------------------------------------------------------------------
@@ -349,6 +341,136 @@ def test_new_tissue_or_tiles_drop_what_was_made_of_the_old(store):
     assert group.attrs["hashes"] == {"tissue": "new"}
 
 
+# --- killed at any moment ---------------------------------------------------------------------------------------------
+
+
+class Killed(BaseException):
+    pass
+
+
+class Killer:
+    """Stops the writer at its n-th change of the disk: before or after a file gets its name, or amid a deletion."""
+
+    def __init__(self, patch: pytest.MonkeyPatch, n: int, moment: str) -> None:
+        self.left, self.moment = n, moment
+        self.rename, self.rmtree = os.replace, shutil.rmtree
+        patch.setattr(arrays.os, "replace", self.replacing)
+        patch.setattr(module.shutil, "rmtree", self.deleting)
+
+    def is_time(self) -> bool:
+        self.left -= 1
+        return self.left == -1
+
+    def replacing(self, source: str, target: str) -> None:
+        now = self.is_time()
+        if now and self.moment == "before":
+            raise Killed
+        self.rename(source, target)
+        if now:
+            raise Killed
+
+    def deleting(self, path: Path, **options: bool) -> None:
+        if path.exists() and self.is_time():
+            for name in sorted(p for p in path.rglob("*") if p.is_file())[self.moment == "before" :: 2]:
+                name.unlink()
+            raise Killed
+        self.rmtree(path, **options)
+
+
+class Recipe:
+    """A slide's line, as the stages go through it: what is stored already and still holds is kept."""
+
+    def __init__(self, seed: int, levels: int = 2, tissue: int | None = None) -> None:
+        tissue = seed if tissue is None else tissue
+        self.tissue_hash = f"tissue {tissue}"
+        self.mask = TissueMask(np.random.default_rng(tissue).random((9, 11)) > 0.3, (8.0, 8.5), 4.1, "x", ())
+        self.tree = tree(levels=levels)
+        rng = np.random.default_rng(seed)
+        self.x = rng.normal(size=(len(self.tree), 5)).astype(np.float16)
+        self.valid = rng.random(len(self.tree)) > 0.1
+        self.facts = {"a": seed, "tiles": self.tree.hash}
+
+    def prepare(self, group: SlideGroup) -> None:
+        kept = group.attrs.get("hashes", {}).get("tissue") == self.tissue_hash and reads(group.mask, group.thumbnail)
+        stands = kept and group.attrs["hashes"].get("tiles") == self.tree.hash and reads(group.tree)
+        status = "complete" if stands and group.status == "complete" else "writing"
+        group.begin(status, **FACTS, recipe=self.tissue_hash)
+        if not kept:
+            group.write_tissue(self.mask, thumbnail(), self.tissue_hash)
+        if not stands:
+            group.write_tiles(self.tree)
+
+    def run(self, group: SlideGroup) -> None:
+        self.prepare(group)
+        features = group.features("mine")
+        features.begin(len(self.x), 5, "float16", **self.facts)
+        for chunk in np.unique(np.flatnonzero(features.missing_rows()) // module.CHUNK_ROWS):
+            rows = slice(chunk * module.CHUNK_ROWS, (chunk + 1) * module.CHUNK_ROWS)
+            features.write_chunk(int(chunk), self.x[rows], self.valid[rows])
+        features.finish()
+        group.finish("complete", counts={"tiles": [len(self.tree)], "invalid": 0})
+
+
+def reads(*parts) -> bool:
+    try:
+        return all(part() is not None for part in parts)
+    except BrokenBag:
+        return False
+
+
+def snapshot(group: SlideGroup) -> dict[str, object]:
+    """Every file: its bytes, or what they mean where they are JSON, whose order means nothing."""
+    found = {p.relative_to(group.path).as_posix(): p.read_bytes() for p in group.path.rglob("*") if p.is_file()}
+    return {name: json.loads(data) if name.endswith(".json") else data for name, data in found.items()}
+
+
+NEW, OLD = Recipe(1), Recipe(2, levels=1)
+OTHER_FEATURES = Recipe(3, tissue=1)  # tissue and tiles stand: the group keeps saying complete
+
+
+@pytest.mark.parametrize("moment", ["before", "after"])
+@pytest.mark.parametrize(
+    ("first", "killed", "then"),
+    [
+        (None, NEW, NEW),
+        (OLD, NEW, NEW),
+        (OLD, NEW, OLD),
+        (NEW, OTHER_FEATURES, OTHER_FEATURES),
+        (NEW, OTHER_FEATURES, NEW),
+    ],
+    ids=["fresh", "changed", "changed and back", "other features", "other features and back"],
+)
+def test_killed_at_any_moment(store, tmp_path_factory, monkeypatch, first, killed, then, moment):
+    """No half is taken for a whole, and running again gives what a run without the kill gives."""
+    monkeypatch.setattr(module, "CHUNK_ROWS", 50)
+    group = BagStore(tmp_path_factory.mktemp("whole")).group("case1/a.svs")
+    then.run(group)
+    whole = snapshot(group)
+    for n in itertools.count():
+        group = store.group("case1/a.svs")
+        shutil.rmtree(group.path, ignore_errors=True)
+        if first:
+            first.run(group)
+        with monkeypatch.context() as patch:
+            Killer(patch, n, moment)
+            try:
+                killed.run(group)
+            except Killed:
+                pass
+            else:
+                break
+        for path in group.path.rglob("zarr.json"):
+            json.loads(path.read_bytes())
+        if group.status == "complete" and reads(group.features("mine").read):
+            made = {r.facts["a"]: r for r in (first, killed) if r}[group.features("mine").attrs["a"]]
+            for found, expected in zip(group.features("mine").read(), (made.x, made.valid), strict=True):
+                np.testing.assert_array_equal(found, expected)
+            np.testing.assert_array_equal(group.mask().image, made.mask.image)
+        then.run(store.group("case1/a.svs"))
+        assert snapshot(group) == whole, n
+    assert n > 5, "moments were tried"
+
+
 # --- features --------------------------------------------------------------------------------------------------------
 
 
@@ -393,6 +515,17 @@ def test_features_of_anything_else_are_begun_anew(store, seven, change):
     assert not (group.path / "predictions/m").exists(), "made of features that are gone"
 
 
+def test_features_in_chunks_of_another_size_are_begun_anew(store, monkeypatch):
+    table = tree()
+    group = begin(store, table)
+    x, valid = features_of(table)
+    write_features(group, "mine", x, valid, a=1)
+    monkeypatch.setattr(module, "CHUNK_ROWS", 50)
+    features = group.features("mine")
+    features.begin(len(x), 5, "float16", a=1)
+    assert features.missing_rows().all()
+
+
 def test_a_chunk_is_written_whole_or_not_at_all(store, seven):
     group = begin(store, tree())
     features = group.features("mine")
@@ -409,13 +542,10 @@ def test_valid_is_written_before_x(store, monkeypatch):
     features = group.features("mine")
     features.begin(3, 5, "float16")
 
-    class Full:
-        shape = (3, 5)
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left")
 
-        def __setitem__(self, *_):
-            raise OSError(errno.ENOSPC, "No space left")
-
-    features._x = Full()
+    monkeypatch.setattr(features._x, "write_chunk", full)
     with pytest.raises(OSError, match="No space"):
         features.write_chunk(0, np.ones((3, 5)), np.ones(3, bool))
     assert (group.path / "features/mine/valid/c/0").exists()

@@ -1,0 +1,434 @@
+"""Slides through a Dask cluster, local or named: the only file that names dask.
+
+`prepare` is a task for each slide. `encode` is one long task for each device, which pulls slides from a queue of its
+own, so that the encoder is loaded once and never waits between two slides. Names and rows cross between processes,
+never pixels.
+"""
+
+import logging
+import os
+import signal
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from functools import lru_cache
+from multiprocessing import resource_tracker
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any, Protocol
+
+import dask
+from dask.system import CPU_COUNT  # heeds the limits of a container
+from distributed import (
+    Client,
+    Future,
+    KilledWorker,
+    Nanny,
+    Queue,
+    Scheduler,
+    SpecCluster,
+    get_worker,
+    secede,
+)
+
+from extractors import Encoder
+
+from .encode import Settings
+from .errors import MACHINE_ERRNOS, RunStopped, SlideError, UnreadableSlide, UsageError
+from .lock import require_current
+from .meter import Meter
+from .outcome import Outcome, failed
+from .stages import Recipe, SlideFile, encode, open_encoder, prepare
+from .worker import set_up_process
+
+# What keeps Dask from waiting for ever, or from blaming innocents, when a worker dies.
+DASK = {
+    "distributed.deploy.lost-worker-timeout": "1h",  # by default a worker that is slow to return is dropped for good
+    "distributed.scheduler.no-workers-timeout": "300s",  # by default tasks wait for ever
+    "distributed.scheduler.allowed-failures": 0,  # we try suspects again ourselves, each alone
+    "distributed.worker.daemon": True,
+    "distributed.admin.system-monitor.gil.enabled": False,
+}
+MAX_WORKERS = 16  # unless told
+CORES_PER_ENCODER = 4  # of a CPU: more threads on one batch gain little
+ENCODER = "ENCODER"  # the Dask resource of a worker that may hold an encoder
+AHEAD_SLIDES, AHEAD_TILES = 32, 4096  # given to one encoder beyond the slide it works on: the lesser of the two
+
+
+class State(Protocol):
+    """Who keeps the rows and is told while a run goes on."""
+
+    batch_sizes: dict[str, int]
+
+    def add(self, outcome: Outcome, meter: Meter | None = None) -> None: ...
+    def tiles(self, count: int, so_far: Meter) -> None: ...
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every task needs to know; small, and sent with each. `batch_sizes`: found before, of each device."""
+
+    out: Path
+    recipe: Recipe
+    run_id: str
+    batch_sizes: dict[str, int] = field(default_factory=dict)
+
+
+# -- in the workers --
+
+
+def _prepare_task(file: SlideFile, job: Job) -> Outcome:
+    require_current(job.out, job.run_id)
+    return prepare(file, job.recipe, job.out)
+
+
+def _encode_task(slides: str, topic: str, job: Job) -> None:
+    """Encode what comes through the queue `slides` until it says None; tell of it through `topic`."""
+    worker, config = get_worker(), job.recipe.config
+    secede()  # prepares slides meanwhile
+    set_up_process()
+    device = _device(worker.name)
+    encoder = _worker_encoder(config, device)
+    live = _Live(worker, topic, slides)
+
+    def on_tiles(count: int, so_far: Meter) -> None:
+        require_current(job.out, job.run_id)
+        live.tell(count, so_far)
+
+    settings = Settings(
+        batch_size=config.batch_size or job.batch_sizes.get(device_name(device)),
+        readers=config.readers,
+        most_readers=_threads(),
+        queue_bytes=config.queue_mb << 20,
+    )
+    pulled = _pulled(Queue(slides), job)
+    for outcome, result in encode(pulled, encoder, job.out, job.recipe, device, on_tiles, settings):
+        sizes = {device_name(device): result.batch_size} if result.batch_size else {}
+        worker.log_event(topic, {"row": asdict(outcome), "meter": asdict(result.meter), "batch_sizes": sizes})
+
+
+def _pulled(slides: Queue, job: Job) -> Iterator[tuple[SlideFile, Outcome]]:
+    while True:
+        try:
+            item = slides.get(timeout=5)
+        except TimeoutError:
+            require_current(job.out, job.run_id)  # nobody may be there any more
+            continue
+        if item is None:
+            return
+        name, path, mpp, row = item
+        yield SlideFile(name, Path(path), mpp), Outcome(**row)
+
+
+class _Live:
+    """Tells of encoded tiles a few times a second, however fast the device is."""
+
+    def __init__(self, worker: Any, topic: str, slot: str) -> None:
+        self._worker, self._topic, self._slot, self._count, self._told = worker, topic, slot, 0, 0.0
+
+    def tell(self, count: int, so_far: Meter) -> None:
+        self._count += count
+        if time.monotonic() - self._told > 0.2:
+            self._worker.log_event(self._topic, {"tiles": self._count, "slot": self._slot, "so_far": asdict(so_far)})
+            self._count, self._told = 0, time.monotonic()
+
+
+@lru_cache(maxsize=1)
+def _worker_encoder(config: Any, device: str) -> Encoder:
+    """One encoder a process, for all its slides."""
+    import torch
+
+    torch.set_num_threads(_threads())
+    return open_encoder(config).load(device, config.precision, config.compile)
+
+
+def _threads() -> int:
+    return max(1, int(os.environ.get("SLIDESTREAM_THREADS", "1")))
+
+
+def _device(worker: object) -> str:
+    import torch
+
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    return f"cuda:{int(str(worker)) % count if str(worker).isdigit() else 0}" if count else "cpu"
+
+
+def device_name(device: str) -> str:
+    """What the device is: a batch size that was found on one fits another of its kind."""
+    import torch
+
+    return torch.cuda.get_device_name(device) if device.startswith("cuda") else device
+
+
+# -- in the client --
+
+
+@dataclass(eq=False)
+class _Slot:
+    """A worker that encodes: its queue, and what was given to it and is not finished."""
+
+    worker: str
+    queue: Queue
+    task: Future
+    given: dict[str, tuple[SlideFile, int]] = field(default_factory=dict)
+
+    @property
+    def tiles(self) -> int:
+        return sum(tiles for _, tiles in self.given.values())
+
+    @property
+    def has_room(self) -> bool:
+        return len(self.given) < 2 or (self.tiles < AHEAD_TILES and len(self.given) < AHEAD_SLIDES)
+
+
+def work_through(client: Client, todo: list[SlideFile], job: Job, state: State) -> bool:
+    """Every slide through `prepare` and `encode`, a bounded number in flight. True if the user interrupted."""
+    try:
+        suspects = _Pass(client, todo, job, state).run()
+        # A worker's death makes suspects of all it held; tried again alone, only the culprit dies twice.
+        for file in suspects:
+            for culprit in _Pass(client, [file], job, state).run():
+                reason = "the process that worked on it died twice (killed by the system, or a crash in a library)"
+                state.add(failed(culprit.name, UnreadableSlide(str(culprit.path), "encode", reason)))
+        return False
+    except KeyboardInterrupt:
+        return True
+
+
+def _workers(client: Client) -> dict[str, dict[str, Any]]:
+    workers: dict[str, dict[str, Any]] = client.scheduler_info(n_workers=-1)["workers"]
+    return workers
+
+
+class _Pass:
+    """Takes every slide through both tasks once; `run` returns those whose worker died."""
+
+    def __init__(self, client: Client, files: list[SlideFile], job: Job, state: State) -> None:
+        self._client, self._job, self._state = client, job, state
+        self._waiting = deque(files)
+        self._preparing: dict[Future, SlideFile] = {}
+        self._ready: deque[tuple[SlideFile, Outcome]] = deque()
+        self._slots: list[_Slot] = []
+        self._suspects: list[SlideFile] = []
+        self._inbox: SimpleQueue[Any] = SimpleQueue()  # futures that are done, and events
+        self._so_far: dict[str, Meter] = {}  # of each encoder
+        self._topic = f"slidestream-{job.run_id}"
+
+    def run(self) -> list[SlideFile]:
+        self._client.subscribe_topic(self._topic, lambda event: self._inbox.put(event[1]))
+        try:
+            encoders = self._encoders()
+            self._in_flight = 2 * len(_workers(self._client)) + AHEAD_SLIDES * len(encoders)
+            for worker in encoders[: len(self._waiting)]:
+                self._start_slot(worker)
+            while self._waiting or self._preparing or self._ready or any(slot.given for slot in self._slots):
+                self._submit()
+                self._answer(self._inbox.get())
+            for slot in self._slots:
+                slot.queue.put(None)
+            for slot in self._slots:
+                _result(slot.task)
+            return self._suspects
+        finally:
+            for slot in self._slots:
+                slot.queue.close()
+            self._client.unsubscribe_topic(self._topic)
+
+    def _encoders(self) -> list[str]:
+        """The workers that encode: those with the resource, all where nobody has it."""
+        workers = _workers(self._client)
+        return [a for a, w in workers.items() if w["resources"].get(ENCODER)] or list(workers)
+
+    def _start_slot(self, worker: str) -> None:
+        queue = Queue(f"{self._topic}-{worker}-{time.monotonic_ns()}", client=self._client)
+        place = {"workers": [worker], "allow_other_workers": False, "pure": False, "retries": 0, "priority": 1}
+        task = self._client.submit(_encode_task, queue.name, self._topic, self._job, **place)
+        task.add_done_callback(self._inbox.put)
+        self._slots.append(_Slot(worker, queue, task))
+
+    def _submit(self) -> None:
+        """New slides to be prepared, and prepared ones to the encoder that has least to do."""
+        given = sum(len(slot.given) for slot in self._slots)
+        while self._waiting and len(self._preparing) + len(self._ready) + given < self._in_flight:
+            file = self._waiting.popleft()
+            future = self._client.submit(_prepare_task, file, self._job, pure=False, retries=0)
+            self._preparing[future] = file
+            future.add_done_callback(self._inbox.put)
+        while self._ready and self._slots:
+            slot = min(self._slots, key=lambda slot: slot.tiles)
+            if not slot.has_room:
+                break
+            file, row = self._ready.popleft()
+            slot.given[file.name] = (file, row.tiles or 0)
+            slot.queue.put((file.name, str(file.path), file.mpp, asdict(row)))
+
+    def _answer(self, message: Any) -> None:
+        if isinstance(message, dict):
+            self._hear(message)
+        elif message in self._preparing:
+            file, outcome = self._preparing.pop(message), _result(message)
+            if outcome is None:
+                self._suspects.append(file)
+            elif outcome.status == "ready":
+                self._ready.append((file, outcome))
+            else:
+                self._state.add(outcome)
+        else:
+            self._bury(message)
+
+    def _hear(self, event: dict[str, Any]) -> None:
+        """Of tiles that were encoded, or of a slide that is finished."""
+        if "tiles" in event:
+            self._so_far[event["slot"]] = Meter(**event["so_far"])
+            self._state.tiles(event["tiles"], sum(self._so_far.values(), Meter()))
+            return
+        outcome = Outcome(**event["row"])
+        for slot in self._slots:
+            slot.given.pop(outcome.slide, None)
+        self._state.batch_sizes |= event["batch_sizes"]
+        self._state.add(outcome, Meter(**event["meter"]))
+
+    def _bury(self, task: Future) -> None:
+        """An encoder's process has died, or its task has raised what is no slide's fault."""
+        _result(task)
+        slot = next(slot for slot in self._slots if slot.task is task)
+        self._slots.remove(slot)
+        self._suspects += [file for file, _ in slot.given.values()]
+        if not (self._waiting or self._preparing or self._ready or self._slots):
+            return
+        busy = {slot.worker for slot in self._slots}
+        free = _until(lambda: [worker for worker in self._encoders() if worker not in busy], 60)
+        if free:
+            self._start_slot(free[0])
+        elif not self._slots:
+            raise RunStopped("no worker is left that could encode")
+
+
+def _until(condition: Any, seconds: float) -> Any:
+    """What it returns once it is true, or at the end: a nanny needs a moment to start its worker again."""
+    deadline = time.monotonic() + seconds
+    while not (found := condition()) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    return found
+
+
+def _result(future: Future) -> Any:
+    """What a task returned, None if its worker died. What is not a slide's fault is raised here."""
+    error = future.exception()
+    if error is None:
+        result = future.result()
+        future.release()
+        return result
+    if isinstance(error, KilledWorker):
+        return None
+    if isinstance(error, RunStopped | UsageError):
+        raise error
+    if isinstance(error, OSError) and error.errno in MACHINE_ERRNOS:
+        raise RunStopped(f"{error.strerror}{f': {error.filename}' if error.filename else ''}") from error
+    if isinstance(error, SlideError):
+        raise RuntimeError("a stage let a SlideError through") from error
+    raise error
+
+
+@contextmanager
+def local_or_named(scheduler: str | None, workers: int | None, slides: int) -> Iterator[Client]:
+    """A Dask client of the scheduler that is named, else of a local cluster that ends with it."""
+    with dask.config.set(DASK):
+        if scheduler is not None:
+            try:
+                client = Client(scheduler, timeout=20, set_as_default=False)
+            except (OSError, ValueError) as error:
+                raise UsageError(f"no scheduler answers at {scheduler}: {error}") from error
+            with client:
+                if not _workers(client):
+                    client.wait_for_workers(1, timeout=60)
+                yield client
+            return
+        cluster = None
+        try:
+            with _deaf_to_control_c():
+                cluster = _local_cluster(min(workers or _default_workers(), slides))
+            with Client(cluster, set_as_default=False) as client:
+                yield client
+        finally:
+            if cluster is not None:
+                cluster.close(timeout=10)
+
+
+@contextmanager
+def _deaf_to_control_c() -> Iterator[None]:
+    """Threads and processes started in here never see SIGINT; ours is answered on the way out.
+
+    A worker that is still importing would answer Ctrl-C with 60 lines of traceback: pipeline.worker comes too late.
+    """
+    resource_tracker.ensure_running()  # when it starts it unblocks what is blocked
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _gpus() -> int:
+    import torch
+
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
+def _default_workers() -> int:
+    """With GPUs a process for each and more that prepare; without, one for every few cores, each with an encoder."""
+    gpus = _gpus()
+    return max(gpus, min(CPU_COUNT, MAX_WORKERS)) if gpus else min(max(1, CPU_COUNT // CORES_PER_ENCODER), MAX_WORKERS)
+
+
+def _local_cluster(workers: int) -> SpecCluster:
+    """Worker processes on this machine. On a GPU box only as many of them encode as there are GPUs."""
+    gpus = _gpus()
+    threads = max(1, CPU_COUNT // min(workers, gpus or workers))
+    environment = {
+        "SLIDESTREAM_THREADS": str(threads),
+        "PYTHONDONTWRITEBYTECODE": "",
+        "OMP_WAIT_POLICY": "PASSIVE",  # threads of an encoder that wait for each other leave the core to readers
+    }
+
+    def options(name: int) -> dict[str, Any]:
+        encodes = not gpus or name < gpus
+        return {
+            "nthreads": 1,
+            "dashboard": False,
+            "silence_logs": logging.CRITICAL,
+            "env": environment,
+            "resources": {ENCODER: 1} if encodes else {},
+            "preload": ["pipeline.worker"],
+        }
+
+    spec = {name: {"cls": Nanny, "options": options(name)} for name in range(workers)}
+    # Even without a dashboard the scheduler serves HTTP: on loopback, on any free port.
+    quiet = {"dashboard": False, "dashboard_address": "127.0.0.1:0", "host": "127.0.0.1", "port": 0}
+    server = {"cls": Scheduler, "options": quiet}
+    return SpecCluster(workers=spec, scheduler=server, silence_logs=logging.CRITICAL)
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """SIGTERM (a pre-empted node) ends the run as Ctrl-C does: cleanly, exit 130; a second signal ends it at once."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    seen: list[int] = []
+
+    def stop(number: int, _: Any) -> None:
+        if seen:
+            os._exit(130)
+        seen.append(number)
+        raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
