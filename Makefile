@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.stamp
 
-.PHONY: install demo test test-slow lint bench constraints clean
+.PHONY: install demo test test-slow lint bench bench-full constraints clean
 
 install: $(STAMP)
 
@@ -30,8 +30,19 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# The figures of docs/performance.md: one repeat of small things in ten minutes, or all of them in some hours.
 bench: install
-	$(BIN)/python benchmarks/spine.py
+	$(BIN)/python benchmarks/feed.py --kind biopsies
+	$(BIN)/python benchmarks/store.py --repeats 1
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python benchmarks/end_to_end.py --kinds medium biopsies --count 6
+
+bench-full: install
+	$(BIN)/python benchmarks/feed.py --repeats 5
+	$(BIN)/python benchmarks/store.py --repeats 5
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python benchmarks/end_to_end.py --kinds big medium biopsies --count 100 --repeats 5
+	$(BIN)/python benchmarks/memory.py
+	$(BIN)/python benchmarks/peers.py --slides medium --repeats 5
+	$(BIN)/python benchmarks/peers.py --slides biopsies --count 20 --repeats 5
 
 constraints: install
 	(sed -n '/^#/p' constraints.txt; $(BIN)/uv pip compile -q --universal --python-version 3.11 --extra dev pyproject.toml \

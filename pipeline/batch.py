@@ -6,24 +6,27 @@ The stages stand in stages.py, the cluster that runs them in cluster.py.
 import os
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from extractors import Encoder, EncoderError
 
-from .cluster import Job, interruptible, local_or_named, work_through
+from .cluster import Job, interruptible, local_or_named, require_encoder, work_through
 from .config import Config, make_config
 from .errors import SlideError, UsageError
 from .folder import Folder, find_slides
-from .lock import locked
+from .lock import locked, was_locked
 from .meter import Meter
 from .outcome import Outcome, Report, failed, write_outcomes
-from .output import batch_sizes, check_out, make_writable, write_run, write_totals
-from .prediction import Model, find_model, load_model, predict_stored, write_predictions
+from .output import batch_sizes, check_out, make_writable, require_writable, write_run, write_totals
 from .stages import SlideFile, Tiler, is_current, load_tiler, make_recipe, open_encoder, stored_outcome
 from .store import BagStore
 from .tables import SlideNames, read_mpp_csv
+
+if TYPE_CHECKING:
+    from .prediction import Model
 
 
 class Progress(Protocol):
@@ -71,19 +74,24 @@ def run(
     recipe = make_recipe(config, encoder, tiler if callable(tiler) else load_tiler(config.tiler))
     check_out(out, folder, recipe, redo)
     todo = [file for file in files if not is_current(file, BagStore(out).group(file.name), recipe, deep=redo)]
-    if todo:
-        _load(encoder)
-    make_writable(out)
-    with locked(out) as run_id:
+    require_writable(out)
+    with ExitStack() as stack:
+        run_id = stack.enter_context(locked(out)) if was_locked(out) else None  # told before a cluster is started
+        client = None
+        if todo:
+            stack.enter_context(interruptible())
+            client = stack.enter_context(local_or_named(scheduler, workers, len(todo)))
+            require_encoder(client, recipe.config)  # a wrong weights file is told before anything is written
+        make_writable(out)
+        run_id = run_id or stack.enter_context(locked(out))
         write_run(out, folder, recipe)
         state = _State(out, files, todo, folder.skipped, progress)
         for note in notes:
             progress.note(note)
         try:
-            if todo:
+            if client is not None:
                 job = Job(out, recipe, run_id, batch_sizes(out, recipe.encoder_key))
-                with interruptible(), local_or_named(scheduler, workers, len(todo)) as client:
-                    state.interrupted = work_through(client, todo, job, state)
+                state.interrupted = work_through(client, todo, job, state)
         finally:  # also of a run that has to stop: what it did stands in the table
             state.save()
         report = Report(tuple(state.rows()), state.meter, time.time() - started, state.interrupted)
@@ -111,14 +119,6 @@ def _encoder_facts(config: Config) -> Encoder:
         encoder = open_encoder(config)
         encoder.weights_sha256  # noqa: B018 - reads the weights file's hash, so that a missing file is told now
         return encoder
-    except EncoderError as error:
-        raise UsageError(str(error)) from error
-
-
-def _load(encoder: Encoder) -> None:
-    """Weights are read once before anything is written: a wrong file is told in the first seconds."""
-    try:
-        encoder.load("cpu")
     except EncoderError as error:
         raise UsageError(str(error)) from error
 
@@ -175,6 +175,8 @@ def predict(source: str | Path, model: str | Path, out: str | Path | None = None
         raise UsageError(
             f"{source} is an output folder, which is predicted as it is: leave {', '.join(['-o', *options])} out"
         )
+    from .prediction import find_model, load_model  # torch, which `run` does not need in this process
+
     place = Path(os.path.abspath(source if is_store else out or ""))
     trained = load_model(find_model(model, place))
     if is_store:
@@ -191,8 +193,10 @@ def predict(source: str | Path, model: str | Path, out: str | Path | None = None
     return replace(report, outcomes=(*report.outcomes, *rest), meter=made.meter, interrupted=made.interrupted)
 
 
-def _predict_store(out: Path, model: Model, only: set[str] | None = None) -> Report:
+def _predict_store(out: Path, model: "Model", only: set[str] | None = None) -> Report:
     """Every slide of a store that is complete. UsageError if none has features that fit the model."""
+    from .prediction import predict_stored, write_predictions
+
     store = BagStore(out)
     table: list[tuple[str, Any]] = []
     outcomes = []

@@ -34,8 +34,9 @@ from distributed import (
     secede,
 )
 
-from extractors import Encoder
+from extractors import Encoder, EncoderError
 
+from .config import Config
 from .encode import Settings
 from .errors import MACHINE_ERRNOS, RunStopped, SlideError, UnreadableSlide, UsageError
 from .lock import require_current
@@ -78,6 +79,13 @@ class Job:
 
 
 # -- in the workers --
+
+
+def _load_task(config: Config) -> None:
+    try:
+        _worker_encoder(config, _device(get_worker().name))
+    except EncoderError as error:
+        raise UsageError(str(error)) from error
 
 
 def _prepare_task(file: SlideFile, job: Job) -> Outcome:
@@ -137,7 +145,7 @@ class _Live:
 
 
 @lru_cache(maxsize=1)
-def _worker_encoder(config: Any, device: str) -> Encoder:
+def _worker_encoder(config: Config, device: str) -> Encoder:
     """One encoder a process, for all its slides."""
     import torch
 
@@ -198,6 +206,22 @@ def work_through(client: Client, todo: list[SlideFile], job: Job, state: State) 
         return True
 
 
+def require_encoder(client: Client, config: Config) -> None:
+    """Load the encoder in a worker, which keeps it. Raises UsageError where its weights do not fit."""
+    if _until(lambda: _encoders(client), 60):
+        place = {"workers": _encoders(client)[:1], "allow_other_workers": False, "pure": False, "retries": 0}
+        future = client.submit(_load_task, config, **place)
+        if isinstance(future.exception(), KilledWorker):
+            raise RunStopped("the process that loaded the encoder died (killed by the system?)")
+        _result(future)
+
+
+def _encoders(client: Client) -> list[str]:
+    """The workers that encode: those with the resource, all where nobody has it."""
+    workers = _workers(client)
+    return [a for a, w in workers.items() if w["resources"].get(ENCODER)] or list(workers)
+
+
 def _workers(client: Client) -> dict[str, dict[str, Any]]:
     workers: dict[str, dict[str, Any]] = client.scheduler_info(n_workers=-1)["workers"]
     return workers
@@ -220,7 +244,7 @@ class _Pass:
     def run(self) -> list[SlideFile]:
         self._client.subscribe_topic(self._topic, lambda event: self._inbox.put(event[1]))
         try:
-            encoders = self._encoders()
+            encoders = _encoders(self._client)
             self._in_flight = 2 * len(_workers(self._client)) + AHEAD_SLIDES * len(encoders)
             for worker in encoders[: len(self._waiting)]:
                 self._start_slot(worker)
@@ -236,11 +260,6 @@ class _Pass:
             for slot in self._slots:
                 slot.queue.close()
             self._client.unsubscribe_topic(self._topic)
-
-    def _encoders(self) -> list[str]:
-        """The workers that encode: those with the resource, all where nobody has it."""
-        workers = _workers(self._client)
-        return [a for a, w in workers.items() if w["resources"].get(ENCODER)] or list(workers)
 
     def _start_slot(self, worker: str) -> None:
         queue = Queue(f"{self._topic}-{worker}-{time.monotonic_ns()}", client=self._client)
@@ -300,7 +319,7 @@ class _Pass:
         if not (self._waiting or self._preparing or self._ready or self._slots):
             return
         busy = {slot.worker for slot in self._slots}
-        free = _until(lambda: [worker for worker in self._encoders() if worker not in busy], 60)
+        free = _until(lambda: [worker for worker in _encoders(self._client) if worker not in busy], 60)
         if free:
             self._start_slot(free[0])
         elif not self._slots:
@@ -373,6 +392,8 @@ def _deaf_to_control_c() -> Iterator[None]:
 
 
 def _gpus() -> int:
+    if not any(any(Path("/dev").glob(name)) for name in ("nvidia[0-9]*", "kfd", "dxg")):
+        return 0  # torch, which takes seconds to import, need not be asked
     import torch
 
     return torch.cuda.device_count() if torch.cuda.is_available() else 0

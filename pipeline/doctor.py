@@ -5,10 +5,9 @@ import platform
 import shutil
 from pathlib import Path
 
-import numpy as np
-
 from extractors import EncoderError, list_encoders, load_encoder
 
+from .agreement import cosine_to_fp32, tissue_tiles
 from .readers import READERS
 from .stages import versions
 
@@ -41,10 +40,16 @@ def examine(encoder: str | None = None, weights: str | None = None) -> tuple[lis
 
 
 def _try(name: str, weights: str | None, lines: list[str]) -> tuple[list[str], int]:
+    import torch
+
     try:
         encoder = load_encoder(name, weights)
         px = encoder.facts.tile_px
-        grey = encoder.load().encode(np.full((1, px, px, 3), 128, np.uint8))
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        features = encoder.load(device).encode(tissue_tiles(1, px))
+        cosine = cosine_to_fp32(encoder, device, px)
     except EncoderError as error:
         return [*lines, f"{name}: does not work here: {error}"], 1
-    return [*lines, f"{name}: works here, {grey.shape[1]} features; {encoder.weights_words}"], 0
+    half = "" if encoder.precision == "fp32" else f" (cosine to fp32 at least {cosine:.5f})"
+    works = f"{name}: works here on {device} in {encoder.precision}{half}, {features.shape[1]} features"
+    return [*lines, f"{works}; {encoder.weights_words}"], 0

@@ -108,20 +108,29 @@ class Batches:
         self._buffer.numpy()[len(self._homes)] = tile.pixels
         self._homes.append((rows, tile.row))
         if len(self._homes) == len(self._buffer):
+            self._forget_failed()
+        if len(self._homes) == len(self._buffer):
             self._launch()
 
     def flush(self) -> None:
         """Encode what has gathered and bring everything home."""
+        self._forget_failed()
         self._launch()
         while self._flying:
             self._land()
 
+    def _forget_failed(self) -> None:
+        """Tiles of slides that have failed meanwhile make room for others."""
+        kept = [at for at, (rows, _) in enumerate(self._homes) if rows.error is None]
+        if len(kept) < len(self._homes):
+            self._buffer[: len(kept)] = self._buffer[kept]
+            self._homes = [self._homes[at] for at in kept]
+
     def _launch(self) -> None:
         buffer, homes = self._buffer, self._homes
-        buffer[len(homes) :] = 0
-        if all(rows.error is not None for rows, _ in homes):
-            self._homes = []
+        if not homes:
             return
+        buffer[len(homes) :] = 0
         at = 0
         while at < len(homes):
             left = len(homes) - at
@@ -136,6 +145,8 @@ class Batches:
 
     def _start(self, tiles: Tensor, homes: list[Home]) -> None:
         """Begin a batch; where the device's memory does not suffice, in halves, and so from then on."""
+        import torch
+
         try:
             pending = self._encoder.start(tiles) if len(tiles) in self._shapes else self._prove(tiles)
             self._flying.append((pending, tiles, homes))
@@ -143,25 +154,29 @@ class Batches:
             _require_out_of_memory(error)
             if len(tiles) == 1:
                 raise RunStopped(f"the memory of the device does not suffice for one tile: {error}") from error
-            half = len(tiles) // 2
+            half = -(-len(tiles) // 2)
             self.size.cap(half)
             self._shapes = [half]
-            for part in (slice(0, half), slice(half, 2 * half)):
-                if homes[part]:
-                    self._start(tiles[part], homes[part])
+            at = 0
+            while at < len(homes):
+                size = self.size.value  # less than half, once that was too much as well
+                part = tiles[at : at + size]  # the last is filled up with anything
+                self._start(torch.cat([part, tiles[: size - len(part)]]), homes[at : at + size])
+                at += size
 
     def _prove(self, tiles: Tensor) -> Pending:
         """A batch of a new shape, on a CPU: taken if its tiles get the bits that they get in the shape before."""
         import torch
 
         known = self._shapes[-1]
-        whole, part = self._encoder.start(tiles), self._encoder.start(tiles[:known])
-        if torch.equal(whole.result()[:known], part.result()):
+        whole = self._encoder.start(tiles)
+        parts = [self._encoder.start(tiles[at : at + known]) for at in range(0, len(tiles), known)]
+        features = torch.cat([part.result() for part in parts])
+        if torch.equal(whole.result(), features):
             self._shapes.append(len(tiles))
             return whole
         self.size.refuse()
-        rest = [self._encoder.start(tiles[at : at + known]) for at in range(known, len(tiles), known)]
-        return Pending(torch.cat([p.result() for p in (part, *rest)]), sum(p.seconds for p in (part, *rest)))
+        return Pending(features, sum(part.seconds for part in parts))
 
     def _land(self) -> None:
         pending, tiles, homes = self._flying.popleft()
@@ -206,7 +221,9 @@ def encode_slides(
     finished = Meter()
 
     def tell(count: int) -> None:
-        on_tiles(count, sum((rows.meter for rows in unfinished), finished))
+        so_far = sum((rows.meter for rows in unfinished), finished + Meter())
+        so_far.spend(perf_counter() - clock, feed.readers.value)  # since it was last given to a slide
+        on_tiles(count, so_far)
 
     with Writer(WRITER_BYTES) as writer:
         sources = (SlideRows(work, encoder.facts.dim, writer) for work in works)
@@ -220,12 +237,13 @@ def encode_slides(
                     rows, tiles = item
                     if rows not in unfinished:
                         unfinished.append(rows)
-                    if batches is None or batches.px != rows.tree.tile_px:
-                        if batches is not None:
-                            batches.flush()
-                        batches = Batches(encoder, rows.tree.tile_px, device, settings.batch_size, tell)
-                    for tile in tiles or ():
-                        batches.add(rows, tile)
+                    if tiles:
+                        if batches is None or batches.px != rows.tree.tile_px:
+                            if batches is not None:
+                                batches.flush()
+                            batches = Batches(encoder, rows.tree.tile_px, device, settings.batch_size, tell)
+                        for tile in tiles:
+                            batches.add(rows, tile)
                     rows.read_all = tiles is None
                     rows.meter.spend(perf_counter() - clock, feed.readers.value)
                     clock = perf_counter()
@@ -233,8 +251,9 @@ def encode_slides(
                     unfinished.remove(rows)
                     finished += rows.meter
                     yield _result(rows, batches)
-        if batches is not None:
+        if batches is not None and unfinished:
             batches.flush()
+            unfinished[-1].meter.spend(perf_counter() - clock, feed.readers.value)
         yield from (_result(rows, batches) for rows in unfinished)
 
 

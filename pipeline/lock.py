@@ -80,6 +80,11 @@ def _holder(out: Path) -> str:
     return f"process {about.get('pid', '?')} on {about.get('host', '?')}, running since {about.get('start', '?')}"
 
 
+def was_locked(out: Path) -> bool:
+    """True if a run has been here."""
+    return (out / NAME).exists()
+
+
 def running(out: Path) -> str:
     """Who holds the folder now, "" if nobody does."""
     try:

@@ -5,6 +5,7 @@ import os
 import platform
 import shlex
 import sys
+import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -43,6 +44,16 @@ def check_out(out: Path, folder: Folder, recipe: Recipe, redo: bool) -> None:
             f"{out} was made by another recipe:\n  " + "\n  ".join(changes) + f"\n--redo recomputes what depends on it "
             f"({done} finished slides); another folder with -o keeps both"
         )
+
+
+def require_writable(out: Path) -> None:
+    """UsageError if OUT cannot be written to, or made; leaves nothing behind."""
+    there = next(folder for folder in (out, *out.parents) if folder.exists())
+    try:
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        raise UsageError(f"{out} cannot be written to: {error.strerror}") from error
 
 
 def make_writable(out: Path) -> None:

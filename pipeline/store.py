@@ -287,8 +287,8 @@ class Features:
         if any(old.get(name) != value for name, value in attrs.items()) or not self._arrays_fit(rows, dim, dtype):
             self._drop(old.get("feature_hash"))
             self.group._make_room("features")
-            StoredArray.create(self.path / "valid", (rows,), bool, CHUNK_ROWS)
-            StoredArray.create(self.path / "x", (rows, dim), dtype, CHUNK_ROWS, PLAIN)
+            StoredArray.create(self.path / "valid", (rows,), bool, _chunk_rows(rows))
+            StoredArray.create(self.path / "x", (rows, dim), dtype, _chunk_rows(rows), PLAIN)
         # After the arrays: attributes that fit say that these were begun for them.
         write_group(self.path, attrs | {"status": "writing"})
         self._x, self._valid = self._open()
@@ -304,7 +304,7 @@ class Features:
             x, valid = self._open()
         except (OSError, ValueError, KeyError, TypeError):
             return False
-        chunks = ((CHUNK_ROWS, dim), (CHUNK_ROWS,))
+        chunks = ((_chunk_rows(rows), dim), (_chunk_rows(rows),))
         found = (x.shape, valid.shape, x.chunk_shape, valid.chunk_shape, x.dtype)
         return found == ((rows, dim), (rows,), *chunks, np.dtype(dtype))
 
@@ -348,3 +348,8 @@ class Features:
             raise BrokenBag(self.group.slide, "store", f"its features of {self.key} are not finished")
         with self.group._door():
             return self.group._whole(f"features/{self.key}/x"), self.group._whole(f"features/{self.key}/valid")
+
+
+def _chunk_rows(rows: int) -> int:
+    """Of features: chunks are stored whole, and a biopsy with 70 tiles need not take the 4 MB of 2,048."""
+    return min(CHUNK_ROWS, max(rows, 1))

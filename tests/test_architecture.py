@@ -15,6 +15,7 @@ PACKAGES = ("pipeline", "extractors", "heads")
 # A module imports only those that stand before it. `__init__` of pipeline is exempt: it only names them.
 ORDER = (
     *("errors", "doubling", "meter", "config", "scale", "area", "slide", "readers", "tissue", "shapes", "quadtree"),
+    "agreement",
     *("arrays", "store", "stream", "feed", "rows", "encode", "draw", "prediction", "fingerprint", "outcome", "tables"),
     *("folder", "stages", "lock", "output", "worker", "cluster", "batch", "labels", "training", "demo", "doctor"),
     "cli",
@@ -265,6 +266,12 @@ except SystemExit as end:
 @pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["train", "--help"], ["predict", "-h"]])
 def test_help_loads_nothing_heavy(arguments):
     assert loaded(CLI.format(arguments=arguments), "torch", "dask", "zarr", "cv2", "scipy") == []
+
+
+def test_a_run_needs_no_torch_in_the_process_that_is_typed():
+    """It is imported where the encoder is, meanwhile this process has a cluster to start."""
+    code = "import pipeline.batch; from pipeline.cluster import _local_cluster"
+    assert loaded(code, "torch", "timm", "pipeline.stages") == ["pipeline.stages"]
 
 
 def test_status_needs_no_torch(tmp_path):

@@ -209,7 +209,7 @@ class Line:
                 if row.status == "ready":
                     yield file, row
 
-        rows |= {row.slide: row for row in encode(ready(), encoder, self.out, recipe)}
+        rows |= {row.slide: row for row, _ in encode(ready(), encoder, self.out, recipe)}
         assert rows.keys() == files.keys()
         self.check(rows, recipe.encoder_key)
         return rows

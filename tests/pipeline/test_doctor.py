@@ -1,5 +1,6 @@
 """What works here, in words that name the things a user can ask for."""
 
+import re
 import sys
 import types
 
@@ -22,7 +23,7 @@ class Mine(Encoder):
 
     def _features(self, tiles):
         assert tiles.shape == (1, 40, 40, 3)
-        assert np.ptp(tiles) == 0
+        assert np.ptp(tiles) > 100, "tissue, and not a flat grey"
         return torch.zeros(1, 5)
 
 
@@ -66,8 +67,8 @@ def test_offline_is_told(monkeypatch, value, words):
 @pytest.mark.parametrize(
     ("name", "weights", "code", "words"),
     [
-        ("doctors_encoder:build", None, 0, "works here, 5 features"),
-        ("lab_lbp", None, 0, "works here, 222 features; no weights: made by hand"),
+        ("doctors_encoder:build", None, 0, "works here on cpu in fp32, 5 features"),
+        ("lab_lbp", None, 0, "works here on cpu in fp32, 222 features; no weights: made by hand"),
         ("doctors_encoder:build", "gone.pt", 1, "does not work here: gone.pt: no such file"),
         ("lab_lpb", None, 1, "Did you mean 'lab_lbp'"),
         ("lab_lbp", "w.pt", 1, "has no weights"),
@@ -78,3 +79,11 @@ def test_trying_an_encoder(name, weights, code, words):
     assert found == code
     assert words in lines[-1]
     assert lines[-1].startswith(name)
+
+
+def test_the_precision_is_told_with_its_cosine_to_fp32():
+    lines, code = examine("timm/resnet18", "random")
+    assert code == 0
+    assert re.search(
+        r"works here on \w+ in (fp32,|(bf16|fp16) \(cosine to fp32 at least (0\.99\d+|1\.0+)\))", lines[-1]
+    )

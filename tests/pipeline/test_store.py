@@ -96,8 +96,8 @@ def test_layout_is_that_of_the_design(store, tmp_path):
         "tiles/xy": ((n, 2), "int32", (n, 2)),
         "tiles/tissue": ((n,), "float32", (n,)),
         "tiles/parent": ((n,), "int32", (n,)),
-        "features/mine/x": (x.shape, "float16", (2048, 5)),
-        "features/mine/valid": ((len(x),), "bool", (2048,)),
+        "features/mine/x": (x.shape, "float16", (len(x), 5)),  # less than 2,048 rows: one chunk of its own size
+        "features/mine/valid": ((len(x),), "bool", (len(x),)),
         "predictions/m/logits": ((2,), "float32", (2,)),
         "predictions/m/weight": ((4,), "float32", (4,)),
     }
@@ -173,7 +173,7 @@ def test_chunks_of_zeros_are_written(store):
     group = begin(store, table)
     zeros = np.zeros((len(table), 5), np.float16)
     write_features(group, "mine", zeros, np.zeros(len(table), bool))
-    assert os.path.getsize(group.path / "features/mine/x/c/0/0") == 2048 * 5 * 2 + 4
+    assert os.path.getsize(group.path / "features/mine/x/c/0/0") == len(table) * 5 * 2 + 4
     assert (group.path / "features/mine/valid/c/0").exists()
     assert group.features("mine").chunks_are_there()
     assert not group.features("mine").read()[0].any()
