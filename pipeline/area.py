@@ -5,7 +5,8 @@ once, at the end. OpenCV has a fast path for that; float32 costs three times as 
 """
 
 import math
-from functools import lru_cache
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from typing import NamedTuple
 
 import cv2
@@ -18,22 +19,38 @@ STRIP_CELLS = 32  # the same, where cells cut pixels and their weighted sums are
 
 
 class Strip(NamedTuple):
+    """The weights of a few cells, over pixels low:high."""
+
     low: int
     high: int
-    matrix: sparse.csr_array  # over pixels low:high
+    matrix: sparse.csr_array
 
 
-class Weights(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Weights:
     """(cells, pixels) weights that average pixels over equal cells of one axis; `first` pixel has the first column."""
 
     matrix: sparse.csr_array
     first: int
     factor: int  # pixels per cell where every pixel belongs wholly to one cell, else 0
-    strips: tuple[Strip, ...]  # the same weights, a few cells at a time
 
     @property
     def pixels(self) -> int:
         return int(self.matrix.shape[1])
+
+    @cached_property
+    def strips(self) -> tuple[Strip, ...]:
+        """The same weights, a few cells at a time."""
+        starts = range(0, self.matrix.shape[0], STRIP_CELLS)
+        return tuple(_strip(self.matrix, start, start + STRIP_CELLS) for start in starts)
+
+
+def _strip(matrix: sparse.csr_array, start: int, stop: int) -> Strip:
+    part = slice(matrix.indptr[start], matrix.indptr[min(stop, matrix.shape[0])])
+    rows = matrix.indptr[start : stop + 1] - matrix.indptr[start]
+    low, high = int(matrix.indices[part].min()), int(matrix.indices[part].max()) + 1
+    shape = (len(rows) - 1, high - low)
+    return Strip(low, high, sparse.csr_array((matrix.data[part], matrix.indices[part] - low, rows), shape=shape))
 
 
 @lru_cache(maxsize=512)
@@ -54,16 +71,7 @@ def weights(start: float, length: float, cells: int) -> Weights:
     weight = (np.diff(cuts) / np.diff(edges)[cell]).astype(np.float32)
     matrix = sparse.csr_array((weight, (cell, pixel)), shape=(cells, last - first))
     whole = len(weight) == last - first and float(np.ptp(weight)) < 1e-6
-    strips = tuple(_strip(weight, cell, pixel, start, cells) for start in range(0, cells, STRIP_CELLS))
-    return Weights(matrix, first, (last - first) // cells if whole else 0, strips)
-
-
-def _strip(weight: np.ndarray, cell: np.ndarray, pixel: np.ndarray, start: int, cells: int) -> Strip:
-    stop = min(start + STRIP_CELLS, cells)
-    part = slice(*np.searchsorted(cell, [start, stop]))
-    low, high = int(pixel[part.start]), int(pixel[part.stop - 1]) + 1
-    matrix = sparse.csr_array((weight[part], (cell[part] - start, pixel[part] - low)), shape=(stop - start, high - low))
-    return Strip(low, high, matrix)
+    return Weights(matrix, first, (last - first) // cells if whole else 0)
 
 
 def area_mean(pixels: np.ndarray, columns: Weights, rows: Weights) -> np.ndarray:

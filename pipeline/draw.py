@@ -1,9 +1,12 @@
 """Pictures of one slide: the thumbnail with the tissue's contour and the quadtree drawn on it, and heatmaps."""
 
 import os
+import struct
+import zlib
 from pathlib import Path
 
 import cv2
+import imagecodecs
 import numpy as np
 
 from .quadtree import QuadTree
@@ -17,57 +20,78 @@ MARGIN = 34
 
 def overview(thumbnail: np.ndarray, mask: TissueMask, tree: QuadTree, caption: str) -> np.ndarray:
     """(H, W, 3) uint8 RGB: the slide, the contour of its tissue, and the tiles of every level, a colour a level."""
-    picture, scale = _enlarged(thumbnail)
+    whole, picture, scale = _canvas(thumbnail, caption)
     x, y = scale / mask.downsample[0], scale / mask.downsample[1]
     deepest = len(tree.levels) - 1
     for k in range(deepest, -1, -1):
         colour, inset = LEVELS[min(k, len(LEVELS) - 1)], 0 if k == deepest else 1
-        for left, top, width, height in tree.boxes(k):
-            corner = (round(left * x) + inset, round(top * y) + inset)
-            opposite = (round((left + width) * x) - inset, round((top + height) * y) - inset)
-            cv2.rectangle(picture, corner, opposite, colour, 1 if k else 2)
+        left, top, right, bottom = np.add(_sides(tree.boxes(k), (x, y)), (inset, inset, -inset, -inset)).T
+        corners = np.stack([left, top, right, top, right, bottom, left, bottom], axis=1).reshape(-1, 4, 2)
+        cv2.polylines(picture, list(corners), True, colour, 1 if k else 2)
     image = cv2.resize(mask.image.astype(np.uint8), picture.shape[1::-1], interpolation=cv2.INTER_NEAREST)
     contours, _ = cv2.findContours(image, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
     cv2.drawContours(picture, contours, -1, CONTOUR, 2)
-    return _captioned(picture, caption)
+    return whole
 
 
 def heatmap(thumbnail: np.ndarray, mask: TissueMask, boxes: np.ndarray, weight: np.ndarray, caption: str) -> np.ndarray:
     """The slide, each tile coloured by the rank of its weight; tiles never looked at (NaN) stay as they are."""
-    picture, scale = _enlarged(thumbnail)
+    whole, picture, scale = _canvas(thumbnail, caption)
     x, y = scale / mask.downsample[0], scale / mask.downsample[1]
     seen = np.flatnonzero(np.isfinite(weight))
     ranks = np.zeros(len(weight))
     ranks[seen[np.argsort(weight[seen], kind="stable")]] = np.linspace(0, 1, len(seen)) if len(seen) > 1 else 1.0
     colours = cv2.applyColorMap((ranks * 255).astype(np.uint8).reshape(-1, 1), cv2.COLORMAP_VIRIDIS)[:, 0, ::-1]
     layer = picture.copy()
-    for row in seen:
-        left, top, width, height = boxes[row]
-        corner, opposite = (round(left * x), round(top * y)), (round((left + width) * x), round((top + height) * y))
-        cv2.rectangle(layer, corner, opposite, tuple(int(c) for c in colours[row]), -1)
-    return _captioned(cv2.addWeighted(layer, 0.55, picture, 0.45, 0), caption)
+    sides = _sides(boxes[seen], (x, y)).tolist()
+    for (left, top, right, bottom), colour in zip(sides, colours[seen].tolist(), strict=True):
+        cv2.rectangle(layer, (left, top), (right, bottom), colour, -1)
+    cv2.addWeighted(layer, 0.55, picture, 0.45, 0, dst=picture)
+    return whole
 
 
-def _enlarged(thumbnail: np.ndarray) -> tuple[np.ndarray, float]:
-    """The thumbnail at a size in which lines can be seen, and by how much it grew."""
+def _canvas(thumbnail: np.ndarray, caption: str) -> tuple[np.ndarray, np.ndarray, float]:
+    """A picture with its caption, the part of it that shows the thumbnail, and by how much this is enlarged.
+
+    So much that lines can be seen. What is drawn on the part is drawn on the whole.
+    """
     scale = EDGE / max(thumbnail.shape[:2])
-    size = tuple(max(1, round(side * scale)) for side in thumbnail.shape[1::-1])
-    return cv2.resize(thumbnail, size, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC), scale
-
-
-def _captioned(picture: np.ndarray, caption: str) -> np.ndarray:
-    band = np.full((MARGIN, picture.shape[1], 3), 255, np.uint8)
+    width, height = (max(1, round(side * scale)) for side in thumbnail.shape[1::-1])
+    whole = np.full((MARGIN + height, width, 3), 255, np.uint8)
     text = caption.encode("ascii", "replace").decode()  # OpenCV's fonts know no more
-    cv2.putText(band, text, (8, 23), cv2.FONT_HERSHEY_SIMPLEX, 0.55, (30, 30, 30), 1, cv2.LINE_AA)
-    return np.concatenate([band, picture])
+    cv2.putText(whole[:MARGIN], text, (8, 23), cv2.FONT_HERSHEY_SIMPLEX, 0.55, (30, 30, 30), 1, cv2.LINE_AA)
+    how = cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC
+    cv2.resize(thumbnail, (width, height), dst=whole[MARGIN:], interpolation=how)
+    return whole, whole[MARGIN:], scale
+
+
+def _sides(boxes: np.ndarray, scale: tuple[float, float]) -> np.ndarray:
+    """(n, 4) int32: left, top, right and bottom, in px of the picture, of boxes in level-0 px."""
+    corner, size = boxes[:, :2], boxes[:, 2:]
+    return np.rint(np.concatenate([corner * scale, (corner + size) * scale], axis=1)).astype(np.int32)
 
 
 def save_png(path: Path, picture: np.ndarray) -> None:
-    """Write a picture in one step. Raises OSError if it cannot be written."""
+    """Write an RGB picture in one step. Raises OSError if it cannot be written."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    ok, data = cv2.imencode(".png", picture[..., ::-1])
-    if not ok:
-        raise ValueError(f"a picture of shape {picture.shape} cannot be coded as PNG")
     part = path.with_name(f"{os.fsdecode(os.fsencode(path.name)[:200])}.{os.getpid()}.partial")
-    part.write_bytes(data.tobytes())
+    part.write_bytes(_png(picture))
     os.replace(part, path)
+
+
+def _png(picture: np.ndarray) -> bytes:
+    """Written by hand for libdeflate: OpenCV's zlib takes twice as long, and its rows differ from the pixel before."""
+    height, width, _ = picture.shape
+    rows = picture.reshape(height, width * 3)
+    data = bytearray(height * (1 + width * 3))
+    lines = np.frombuffer(data, np.uint8).reshape(height, -1)
+    lines[:, 0] = 2  # what follows is the difference to the row above
+    lines[0, 1:] = rows[0]
+    np.subtract(rows[1:], rows[:-1], out=lines[1:, 1:])
+    head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)  # 8 bits a channel, 2: RGB
+    parts = ((b"IHDR", head), (b"IDAT", imagecodecs.deflate_encode(data, level=1)), (b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(_png_chunk(*part) for part in parts)
+
+
+def _png_chunk(name: bytes, data: bytes | bytearray) -> bytes:
+    return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))

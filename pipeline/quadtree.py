@@ -19,6 +19,8 @@ from .scale import check_resolution
 from .slide import Slide
 from .tissue import TissueMask
 
+LEAVES_AT_ONCE = 1 << 13  # a slide of 100,000 px has a million; what is computed for so many stays in the cache
+
 
 @dataclass(frozen=True)
 class TreeLevel:
@@ -216,9 +218,9 @@ def _fractions(
     x = origin[0] + (first[0] + np.arange(columns)) * pitch
     y = origin[1] + (first[1] + np.arange(rows)) * pitch
     out = np.empty(shape, np.float32)
-    for row in range(rows):  # a row at a time: a slide of 100,000 px has a million leaves
-        boxes = np.stack([x, np.full(columns, y[row]), np.full(columns, span), np.full(columns, span)], axis=1)
-        out[row] = mask.fraction(boxes)
+    some = max(1, LEAVES_AT_ONCE // columns)
+    for top in range(0, rows, some):
+        out[top : top + some] = mask.share(x, y[top : top + some, None], span, span)
     return out
 
 

@@ -8,16 +8,13 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple, Self
 
-import cv2
 import numpy as np
-from scipy import sparse
 
-from .area import Weights, area_mean, weights
+from .area import Weights, area_mean, to_uint8, weights
 from .errors import CorruptTiles
 from .scale import ScaleTags
 
@@ -138,20 +135,6 @@ def source_level(slide: Slide, mpp: float) -> int:
     return max(fit, key=lambda i: slide.levels[i].downsample, default=0)
 
 
-def read_box(slide: Slide, box: Box, shape: tuple[int, int], level: int) -> np.ndarray:
-    """(height, width, 3) float32: the area means of `level` over `shape` = (width, height) equal cells of `box`.
-
-    The box need not lie on pixel borders: a pixel that is cut counts by the part inside. Raises CorruptTiles.
-    """
-    scale = slide.levels[level].downsample
-    left, top = box.x / scale[0], box.y / scale[1]
-    columns, x0 = _area_weights(left % 1, box.width / scale[0], shape[0])
-    rows, y0 = _area_weights(top % 1, box.height / scale[1], shape[1])
-    x0, y0 = x0 + math.floor(left), y0 + math.floor(top)
-    pixels = slide.read(x0 * scale[0], y0 * scale[1], level, columns.shape[1], rows.shape[1])
-    return _area_mean(pixels, columns, rows)
-
-
 def window(slide: Slide, box: Box, shape: tuple[int, int], level: int) -> tuple[Window, Weights, Weights]:
     """The pixels of `level` that `shape` = (width, height) equal cells of `box` touch, and their weights (x, y)."""
     scale = slide.levels[level].downsample
@@ -171,42 +154,6 @@ def read_mean(slide: Slide, box: Box, shape: tuple[int, int], level: int) -> np.
     scale = slide.levels[level].downsample
     pixels = slide.read(at.x * scale[0], at.y * scale[1], level, at.width, at.height)
     return area_mean(pixels, columns, rows)
-
-
-def _area_mean(pixels: np.ndarray, columns: sparse.csr_array, rows: sparse.csr_array) -> np.ndarray:
-    (out_h, in_h), (out_w, in_w) = rows.shape, columns.shape
-    factor = in_w / out_w
-    if factor == in_h / out_h == int(factor) and _uncut(columns) and _uncut(rows):
-        if factor == 1:
-            return pixels.astype(np.float32)
-        return cv2.resize(pixels.astype(np.float32), (out_w, out_h), interpolation=cv2.INTER_AREA)
-    down = (rows @ pixels.reshape(in_h, in_w * 3).astype(np.float32)).reshape(out_h, in_w, 3)
-    across = columns @ np.ascontiguousarray(down.transpose(1, 0, 2)).reshape(in_w, out_h * 3)
-    return np.ascontiguousarray(across.reshape(out_w, out_h, 3).transpose(1, 0, 2))
-
-
-def _uncut(weights: sparse.csr_array) -> bool:
-    """True if every pixel belongs to one cell, and to each alike."""
-    return weights.nnz == weights.shape[1] and bool(np.ptp(weights.data) < 1e-6)
-
-
-@lru_cache(maxsize=512)
-def _area_weights(start: float, length: float, cells: int) -> tuple[sparse.csr_array, int]:
-    """(cells, pixels) weights that average pixels over equal cells of [start, start + length), and the first pixel.
-
-    An edge within a thousandth of a pixel of a pixel border is on it: the drift of floats must not widen a read.
-    """
-    edges = start + np.arange(cells + 1) * (length / cells)
-    edges = np.where(np.abs(edges - np.rint(edges)) < 1e-3, np.rint(edges), edges)
-    first, last = math.floor(edges[0]), math.ceil(edges[-1])
-    borders = np.arange(first, last + 1, dtype=float)
-    cuts = np.union1d(edges, borders)
-    cuts = cuts[(cuts >= edges[0]) & (cuts <= edges[-1])]
-    middle = (cuts[:-1] + cuts[1:]) / 2
-    cell = np.clip(np.searchsorted(edges, middle, side="right") - 1, 0, cells - 1)
-    pixel = np.floor(middle).astype(int) - first
-    weight = np.diff(cuts) / np.diff(edges)[cell]
-    return sparse.csr_array((weight.astype(np.float32), (cell, pixel)), shape=(cells, last - first)), first
 
 
 @dataclass(frozen=True)
@@ -235,29 +182,14 @@ def thumbnail(slide: Slide, mpp: float, min_px: int = 64) -> Thumbnail:
         for x in range(0, width, step):
             w, h = min(step, width - x), min(step, height - y)
             try:
-                rgb[y : y + h, x : x + w] = _read_rounded(slide, Box(x * fx, y * fy, w * fx, h * fy), (w, h), level)
+                rgb[y : y + h, x : x + w] = to_uint8(
+                    read_mean(slide, Box(x * fx, y * fy, w * fx, h * fy), (w, h), level)
+                )
             except CorruptTiles:
                 _salvage(slide, rgb, unreadable, (x, y, w, h), (fx, fy), level)
     if unreadable.all():
         raise CorruptTiles(str(slide.path), "segment", "none of its pixels can be decoded")
     return Thumbnail(rgb, (fx, fy), slide.mpp * math.sqrt(fx * fy), unreadable)
-
-
-def _read_rounded(slide: Slide, box: Box, shape: tuple[int, int], level: int) -> np.ndarray:
-    """(height, width, 3) uint8: the area means, as of `read_mean` but rounded only once, from float32."""
-    at, columns, rows = window(slide, box, shape, level)
-    scale = slide.levels[level].downsample
-    pixels = slide.read(at.x * scale[0], at.y * scale[1], level, at.width, at.height)
-    parts = []
-    for low, high, matrix in rows.strips:  # in float32 the whole would not fit into the cache
-        strip = pixels[low:high].astype(np.float32)
-        if columns.factor == rows.factor > 0:
-            mean = cv2.resize(strip, (shape[0], matrix.shape[0]), interpolation=cv2.INTER_AREA)
-        else:
-            turned = cv2.transpose((matrix @ strip.reshape(high - low, -1)).reshape(-1, at.width, 3))
-            mean = cv2.transpose((columns.matrix @ turned.reshape(at.width, -1)).reshape(shape[0], -1, 3))
-        parts.append(np.rint(mean).astype(np.uint8))
-    return np.concatenate(parts)
 
 
 def _salvage(
@@ -272,7 +204,7 @@ def _salvage(
     x, y, w, h = part
     fx, fy = scale
     try:
-        rgb[y : y + h, x : x + w] = _read_rounded(slide, Box(x * fx, y * fy, w * fx, h * fy), (w, h), level)
+        rgb[y : y + h, x : x + w] = to_uint8(read_mean(slide, Box(x * fx, y * fy, w * fx, h * fy), (w, h), level))
         return
     except CorruptTiles:
         if max(w, h) == 1 or max(w * fx, h * fy) <= 64 * max(slide.levels[level].downsample):

@@ -5,6 +5,7 @@ import threading
 from functools import cache
 from pathlib import Path
 
+import cv2
 import numpy as np
 import openslide as library
 import tifffile
@@ -158,7 +159,7 @@ def _open(path: Path) -> library.OpenSlide:
 def _on_white(rgba: np.ndarray) -> np.ndarray:
     alpha = rgba[..., 3:]
     if alpha.min() == 255:
-        return np.ascontiguousarray(rgba[..., :3])
+        return cv2.cvtColor(rgba, cv2.COLOR_RGBA2RGB)  # ten times as fast as a copy by numpy
     colour = rgba[..., :3].astype(np.uint16)
     return ((colour * alpha + 255 * (255 - alpha.astype(np.uint16)) + 127) // 255).astype(np.uint8)
 

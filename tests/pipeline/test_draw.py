@@ -5,6 +5,7 @@ import os
 import cv2
 import numpy as np
 import pytest
+from PIL import Image
 
 from pipeline.draw import CONTOUR, EDGE, LEVELS, MARGIN, heatmap, overview, save_png
 from pipeline.quadtree import QuadTree, build_quadtree
@@ -76,6 +77,20 @@ def test_tiles_of_every_level_are_framed_in_their_colour():
     assert (picture[rest] == 255).all()
 
 
+def test_frames_are_rectangles_drawn_one_by_one():
+    """Positions between pixels, halves too, are rounded as Python rounds them."""
+    slide = open_slide(np.zeros((HEIGHT, WIDTH, 3), np.uint8), mpp=0.5)
+    tissue = TissueMask(np.ones((1, 1), bool), (WIDTH, HEIGHT), 5.0, "test")
+    tree = build_quadtree(slide, tissue, mpp=0.5, tile_px=41, levels=3, origin=(-3.3, 0.5))
+    nothing = TissueMask(np.zeros_like(WHITE[..., 0], bool), (STEP * 1.5, STEP), 5.0, "test")
+    want = np.full((HEIGHT, WIDTH, 3), 255, np.uint8)
+    for k, inset, thickness in ((2, 0, 1), (1, 1, 1), (0, 1, 2)):
+        for x, y, w, h in tree.boxes(k) / (1.5, 1, 1.5, 1):
+            corner = round(x) + inset, round(y) + inset
+            cv2.rectangle(want, corner, (round(x + w) - inset, round(y + h) - inset), LEVELS[k], thickness)
+    np.testing.assert_array_equal(body(overview(WHITE, nothing, tree, "")), want)
+
+
 def test_the_slide_shows_through():
     rgb = np.zeros((80, 160, 3), np.uint8)
     rgb[:, :80], rgb[:, 80:] = (10, 200, 30), (200, 10, 90)
@@ -135,11 +150,14 @@ def test_pictures_do_not_change_what_they_are_given():
     np.testing.assert_array_equal(tissue.image, before)
 
 
-def test_png_round_trip_and_folders_are_made(tmp_path):
-    picture = np.random.default_rng(0).integers(0, 255, (20, 30, 3), np.uint8)
+@pytest.mark.parametrize("shape", [(20, 30), (1, 1), (1, 64), (64, 1), (1634, 1600)])
+def test_png_round_trip_and_folders_are_made(tmp_path, shape):
+    picture = np.random.default_rng(0).integers(0, 256, (*shape, 3), np.uint8)
     path = tmp_path / "deep/er/a.png"
     save_png(path, picture)
     np.testing.assert_array_equal(cv2.imread(str(path))[..., ::-1], picture)
+    with Image.open(path) as image:
+        image.verify()  # the check sums too
     assert os.listdir(path.parent) == ["a.png"]
 
 

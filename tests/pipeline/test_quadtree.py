@@ -368,6 +368,15 @@ def test_points_may_come_as_an_array_or_a_generator():
     assert QuadTree.from_points(slide, (p for p in points), 0.5, 8).hash == want
 
 
+@pytest.mark.parametrize("leaves", [1, 70, 1 << 20])
+def test_how_many_leaves_are_counted_at_once_does_not_show(monkeypatch, leaves):
+    slide = Blank(5003, 2999, 0.2525)
+    mask = mask_of(np.random.default_rng(1).random((37, 61)) < 0.3, slide)
+    want = build_quadtree(slide, mask, tile_px=64, origin=(-77.7, 13.1))
+    monkeypatch.setattr("pipeline.quadtree.LEAVES_AT_ONCE", leaves)
+    assert build_quadtree(slide, mask, tile_px=64, origin=(-77.7, 13.1)).hash == want.hash
+
+
 @pytest.mark.slow
 def test_a_slide_of_a_hundred_thousand_pixels_a_side():
     slide = Blank(100_003, 99_991, 0.2525)

@@ -8,10 +8,17 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.ndimage import binary_fill_holes, label
+from scipy.signal import find_peaks
 from skimage.color import hed2rgb, rgb2hed
 from skimage.data import immunohistochemistry
+from skimage.filters import apply_hysteresis_threshold, threshold_otsu
+from skimage.morphology import disk
 
+from pipeline import tissue
+from pipeline.area import GREY
 from pipeline.readers import open_slide
+from pipeline.slide import thumbnail
 from pipeline.tissue import TissueConfig, TissueMask, find_tissue, segment
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
@@ -252,11 +259,127 @@ def test_unreadable_parts() -> None:
     assert segment(image, 8.0, unreadable=~NOTHING)[0].all()
 
 
+@pytest.mark.parametrize(
+    ("size", "factor"),
+    [((256, 128), 1.0), ((300, 180), 6.0), ((1013, 701), 15.7), ((700, 90), 2.5), ((4, 6), 2.4), ((40, 707), 2.02)],
+    ids=["pixels as they are", "whole cells", "cut pixels", "halves", "2 x 3 pixels a cell", "cut in y alone"],
+)
+def test_a_thumbnail_is_the_rounded_mean(address, area_mean, size: tuple[int, int], factor: float) -> None:
+    pixels = address(*size)
+    view = thumbnail(open_slide(pixels, mpp=0.5), 0.5 * factor, min_px=1)
+    exact = area_mean(pixels, (0, 0, *size), view.rgb.shape[1::-1])
+    assert np.abs(view.rgb - exact).max() <= 0.5 + 0.5 / GREY + 1e-4  # the means are in 1/256 of a grey level
+    assert view.rgb.shape[:2] == tuple(round(side / factor) for side in size[::-1])
+
+
 def test_the_same_image_gives_the_same_mask() -> None:
     image, _ = pen(stained("h&e", shape()), "green")
     first, again = (segment(as_photo(image), 8.0) for _ in range(2))
     assert np.array_equal(first[0], again[0])
     assert first[1:] == again[1:]
+
+
+@pytest.mark.parametrize("band_px", [1, 5000])
+@pytest.mark.parametrize("kind", ["stained", "fluorescent"])
+def test_what_is_done_in_bands_does_not_show(monkeypatch: pytest.MonkeyPatch, kind: str, band_px: int) -> None:
+    if kind == "stained":
+        image = as_photo(pen(stained("h&e", shape()), "green")[0])
+        image[:30] = 0
+    else:
+        image = as_photo(np.random.default_rng(0).normal(5, 2, (*SIZE, 3)) + 40 * shape()[..., None])
+    want = segment(image, 8.0)
+    monkeypatch.setattr(tissue, "BAND_PX", band_px)
+    got = segment(image, 8.0)
+    assert np.array_equal(got[0], want[0])
+    assert got[1:] == want[1:]
+
+
+def rough(seed: int) -> np.ndarray:
+    """(h, w) float32 in 0..1 of any small size, as islands or as noise."""
+    rng = np.random.default_rng(seed)
+    image = rng.random(rng.integers(1, 40, 2), np.float32)
+    return cv2.GaussianBlur(image, (0, 0), 1.5) if seed % 2 else image
+
+
+@settings(max_examples=100, deadline=None)
+@given(seed=st.integers(0, 10**6), low=st.sampled_from([0.1, 0.4, 0.5]), step=st.sampled_from([0.0, 0.03, 0.3]))
+def test_hysteresis_is_that_of_skimage(seed: int, low: float, step: float) -> None:
+    image = rough(seed)
+    image.ravel()[::7] = low  # as float32, which is more than 0.1 and less than 0.4
+    want = apply_hysteresis_threshold(image, low, np.float64(low + step))
+    assert np.array_equal(tissue._hysteresis(image, low, low + step), want)
+
+
+@settings(max_examples=100, deadline=None)
+@given(seed=st.integers(0, 10**6), unit=st.sampled_from([1, 0.01]), span=st.sampled_from([0, 1, 3, 40, 300]))
+def test_otsu_is_that_of_skimage(seed: int, unit: float, span: float) -> None:
+    values = (rough(seed) * span + 2) * np.float32(unit)
+    where = np.random.default_rng(seed).random(values.shape) < 0.7
+    whole = np.clip(values[where] / unit, 0, 255).astype(np.uint8)
+    assert tissue._otsu(values, where, unit) == (threshold_otsu(whole) * unit if whole.size else 0)
+
+
+@settings(max_examples=100, deadline=None)
+@given(seed=st.integers(0, 10**6), share=st.floats(0.2, 0.9), least=st.integers(0, 30))
+def test_holes_and_small_regions_are_those_of_scipy(seed: int, share: float, least: int) -> None:
+    mask = rough(seed) < share
+    assert np.array_equal(tissue._holes(mask), binary_fill_holes(mask) & ~mask)
+    regions, _ = label(mask, np.ones((3, 3)))
+    large = np.bincount(regions.ravel()) >= least
+    assert np.array_equal(tissue._drop_small(mask, least), mask & large[regions])
+
+
+@settings(max_examples=200, deadline=None)
+@given(counts=st.lists(st.integers(0, 4), min_size=1, max_size=30), height=st.integers(0, 4))
+def test_the_last_peak_is_that_of_scipy(counts: list[int], height: int) -> None:
+    peaks = find_peaks(counts, height=height)[0]
+    if len(peaks):
+        assert tissue._last_peak(np.array(counts), height) == peaks[-1]
+
+
+@given(values=st.lists(st.integers(0, 255), min_size=1, max_size=40))
+def test_the_median_of_counts_is_that_of_the_values(values: list[int]) -> None:
+    row = np.array([[*values, 7, 9]], np.uint8)
+    where = np.array([[True] * len(values) + [False] * 2])
+    assert tissue._median(tissue._count(row, where)) == np.median(values)
+
+
+def test_disks_are_those_of_skimage() -> None:
+    assert all(np.array_equal(tissue._disk(radius), disk(radius)) for radius in range(17))
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    seed=st.integers(0, 10**6), dark=st.sampled_from([0.0, 0.2, 0.25, 0.3, 0.6]), light=st.sampled_from([11, 70, 90])
+)
+def test_fluorescence_is_told_by_a_quarter_and_a_median(seed: int, dark: float, light: int) -> None:
+    rng = np.random.default_rng(seed)
+    rgb = rng.integers(0, light + 1, (*rng.integers(1, 30, 2), 3), np.uint8)
+    rgb[rng.random(rgb.shape[:2]) < dark] = rng.integers(0, 60)
+    readable = rng.random(rgb.shape[:2]) < rng.choice([0.5, 1])
+    high, mean = rgb.max(axis=2)[readable], rgb.mean(axis=2, dtype=np.float32)[readable]
+    lit = mean[high > 12]
+    want = lit.size > 0 and np.median(lit) < 80 and np.percentile(high, 25) < 50
+    assert tissue.is_fluorescence(rgb, readable) == want
+
+
+def test_optical_density_by_hand() -> None:
+    glass, stain = np.array([240, 238, 236]), np.array([120, 23, 60])
+    rgb = np.tile(glass.astype(np.uint8), (100, 130, 1))
+    rgb[20:50, 30:70] = stain
+    usable = np.ones(rgb.shape[:2], bool)
+    usable[40:] = False
+    od = tissue._optical_density(rgb, usable)
+    np.testing.assert_allclose(od[20:40, 30:70], np.tile(np.log10((glass + 1) / (stain + 1)), (20, 40, 1)), rtol=1e-5)
+    od[20:40, 30:70] = 0
+    assert not od.any()
+
+
+def test_the_glass_is_known_where_it_is_less_bright() -> None:
+    """One colour for the whole slide would be at least 16 off at one end."""
+    drift = np.linspace(-16, 16, SIZE[1]).round()[None, :, None]
+    rgb = np.add((236, 234, 232), np.broadcast_to(drift, (*SIZE, 3))).astype(np.uint8)
+    assert np.abs(tissue._glass_colour(rgb, ~NOTHING) - rgb).max() < 8
 
 
 def brute_fraction(mask: TissueMask, box: np.ndarray) -> float:
@@ -287,6 +410,15 @@ def test_fraction_is_exact(seed: int, downsample: tuple[float, float], boxes: li
     found = mask.fraction(np.array(boxes))
     assert found.dtype == np.float32
     np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
+@settings(max_examples=50, deadline=None)
+@given(seed=st.integers(0, 99), origin=st.tuples(st.floats(-90, 90), st.floats(-90, 90)), edge=st.floats(1, 99))
+def test_the_shares_of_a_grid_are_those_of_its_boxes(seed: int, origin: tuple[float, float], edge: float) -> None:
+    mask = TissueMask(np.random.default_rng(seed).random((7, 13)) < 0.4, (9.7, 11.1), 8.0, "brightfield")
+    x, y = origin[0] + np.arange(5) * edge, origin[1] + np.arange(4) * edge
+    boxes = [(left, top, edge, edge) for top in y for left in x]
+    assert np.array_equal(mask.share(x, y[:, None], edge, edge).ravel(), mask.fraction(boxes))
 
 
 def test_fraction_by_hand() -> None:
