@@ -248,11 +248,14 @@ class _Pass:
             self._in_flight = 2 * len(_workers(self._client)) + AHEAD_SLIDES * len(encoders)
             for worker in encoders[: len(self._waiting)]:
                 self._start_slot(worker)
-            while self._waiting or self._preparing or self._ready or any(slot.given for slot in self._slots):
+            while self._waiting or self._preparing or self._ready:
                 self._submit()
-                self._answer(self._inbox.get())
+                if self._ready or self._preparing:
+                    self._answer(self._inbox.get())
             for slot in self._slots:
-                slot.queue.put(None)
+                slot.queue.put(None)  # no more will come: what has gathered is encoded at once
+            while any(slot.given for slot in self._slots):
+                self._answer(self._inbox.get())
             for slot in self._slots:
                 _result(slot.task)
             return self._suspects
@@ -311,12 +314,12 @@ class _Pass:
         self._state.add(outcome, Meter(**event["meter"]))
 
     def _bury(self, task: Future) -> None:
-        """An encoder's process has died, or its task has raised what is no slide's fault."""
+        """An encoder has ended: its process has died, or there was no more to do. What else it met is raised."""
         _result(task)
         slot = next(slot for slot in self._slots if slot.task is task)
         self._slots.remove(slot)
         self._suspects += [file for file, _ in slot.given.values()]
-        if not (self._waiting or self._preparing or self._ready or self._slots):
+        if not (self._waiting or self._preparing or self._ready):
             return
         busy = {slot.worker for slot in self._slots}
         free = _until(lambda: [worker for worker in _encoders(self._client) if worker not in busy], 60)

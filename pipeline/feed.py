@@ -24,6 +24,7 @@ from .stream import Block, Part, Tile, TileReader
 IDLE_S = 0.5  # without a slide for so long, the encoder takes what it has
 TRIAL_S = 0.5  # of work with one number of readers, before another is tried
 WAITS = 0.1  # share of its time that the encoder may wait before more readers are tried
+PATIENCE_S = 5  # at the end, with a slide that is just being opened
 
 
 class Source(Protocol):
@@ -69,21 +70,25 @@ class Budget:
 
 
 class Gate:
-    """Lets as many threads through at a time as `limit` says, which may change."""
+    """Lets as many threads through at a time as `limit` says, which may change, in the order in which they came.
+
+    Without an order a thread that leaves and comes back is in again before those that wait, and the block that the
+    encoder waits for is read last.
+    """
 
     def __init__(self, limit: Doubling) -> None:
         self.limit = limit
-        self._inside = 0
+        self._came = self._left = 0
         self._changed = threading.Condition()
 
     def __enter__(self) -> None:
         with self._changed:
-            self._changed.wait_for(lambda: self._inside < self.limit.value)
-            self._inside += 1
+            number, self._came = self._came, self._came + 1
+            self._changed.wait_for(lambda: number < self._left + self.limit.value)
 
     def __exit__(self, *error: object) -> None:
         with self._changed:
-            self._inside -= 1
+            self._left += 1
             self._changed.notify_all()
 
 
@@ -135,10 +140,11 @@ class Feed(Generic[S]):
 
     def __exit__(self, *error: object) -> None:
         """Stop reading, wait for the threads, close what is open."""
-        self._stopped = True
+        with self._lock:
+            self._stopped = True
         self.budget.close()
         self._pool.shutdown(wait=True, cancel_futures=True)
-        self._feeder.join(timeout=5)  # it may be waiting for a slide from elsewhere
+        self._feeder.join(PATIENCE_S)  # it may be waiting for a slide from elsewhere
         if self._current is not None:
             self._current.close()
         with suppress(queue.Empty):
@@ -149,13 +155,19 @@ class Feed(Generic[S]):
     # -- the feeder's thread --
 
     def _run(self, sources: Iterator[S]) -> None:
+        reading: _Reading[S] | None = None
         try:
             for source in sources:
                 if self._stopped:
                     return
-                self._feed(_Reading(source))
+                reading = _Reading(source)
+                self._feed(reading)
             self._fifo.put(None)
         except BaseException as error:  # noqa: BLE001 - of the machine: raised where it is iterated
+            if reading is not None:  # and somebody may be waiting for its next block
+                fault: Future[Part] = Future()
+                fault.set_exception(error)
+                reading.parts.put((fault, 0))
             self._fifo.put(error)
 
     def _feed(self, reading: _Reading[S]) -> None:
@@ -169,7 +181,11 @@ class Feed(Generic[S]):
         except BaseException:
             reading.close()
             raise
-        self._fifo.put(reading)
+        with self._lock:  # what is in the queue when all ends is closed; nothing may come after
+            if self._stopped:
+                reading.close()
+                return
+            self._fifo.put(reading)
         for block in reading.reader.blocks if reading.reader else ():
             size = reading.reader.nbytes(block) if reading.reader else 0
             if not self.budget.take(size):
@@ -212,7 +228,8 @@ class Feed(Generic[S]):
             if isinstance(reading, BaseException):
                 raise reading
             reading.source.meter.starving += starving
-            starving, self._trial = 0.0, (perf_counter(), 0, 0.0)
+            since, total, spent = self._trial
+            self._trial, starving = (since + starving, total, spent), 0.0
             yield from self._tiles_of(reading)
 
     def _tiles_of(self, reading: _Reading[S]) -> Iterator[tuple[S, list[Tile] | None]]:

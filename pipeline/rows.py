@@ -81,9 +81,9 @@ class SlideRows:
 
     @property
     def finished(self) -> bool:
-        """True if nothing more is to come: every chunk is on the disk, or the slide has failed."""
+        """True if nothing more is to come: every chunk is on the disk, or the slide has failed and is closed."""
         if self.error is not None:
-            return True
+            return self.read_all
         return self.read_all and not self._left and all(future.done() for future in self._written)
 
     def put(self, row: int, value: np.ndarray | None) -> None:

@@ -69,8 +69,8 @@ class TileCache:
         except BaseException as error:
             mine.set_exception(error)
             raise
-        mine.set_result(tile)
         with self._lock:
+            mine.set_result(tile)  # in here: who drops a tile that is there takes off its bytes
             if self._tiles.get(key) is mine:
                 self._bytes += tile.nbytes
             while self._bytes > CACHE_BYTES and len(self._tiles) > 1:
