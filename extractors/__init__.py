@@ -99,6 +99,7 @@ class Encoder:
     """
 
     precision = "fp32"
+    cosine_to_fp32: float | None = None  # of its features, once somebody has measured it
 
     def __init__(self, facts: EncoderFacts, weights: str | os.PathLike[str] | None = None) -> None:
         self.facts = facts

@@ -36,6 +36,7 @@ from distributed import (
 
 from extractors import Encoder, EncoderError
 
+from .agreement import cosine_to_fp32
 from .config import Config
 from .encode import Settings
 from .errors import MACHINE_ERRNOS, RunStopped, SlideError, UnreadableSlide, UsageError
@@ -150,7 +151,10 @@ def _worker_encoder(config: Config, device: str) -> Encoder:
     import torch
 
     torch.set_num_threads(_threads())
-    return open_encoder(config).load(device, config.precision, config.compile)
+    encoder = open_encoder(config).load(device, config.precision, config.compile)
+    cosine = cosine_to_fp32(encoder, device, config.tile_px or encoder.facts.tile_px, config.compile)
+    encoder.cosine_to_fp32 = round(cosine, 6)
+    return encoder
 
 
 def _threads() -> int:

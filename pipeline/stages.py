@@ -19,7 +19,6 @@ import numpy as np
 
 from extractors import Encoder, EncoderFacts, load_encoder
 
-from .agreement import cosine_to_fp32
 from .config import Config, EncodeConfig, EngineConfig, TileConfig, TissueConfig, digest
 from .draw import overview, save_png
 from .encode import Encoded, Settings, encode_slides
@@ -279,7 +278,6 @@ def encode(
 
     `encoder` is loaded on `device`. `slides` is taken from by another thread, ahead of what is encoded.
     """
-    cosine = cosine_to_fp32(encoder, device, recipe.config.tile_px or encoder.facts.tile_px, recipe.config.compile)
     rows: dict[str, Outcome] = {}
     groups: dict[str, SlideGroup] = {}
     broken: deque[Outcome] = deque()  # filled by the thread that takes from `slides`
@@ -295,14 +293,14 @@ def encode(
             yield work
 
     for result in encode_slides(works(), encoder, device, on_tiles, settings):
-        yield _finish(rows.pop(result.slide), groups.pop(result.slide), result, recipe, cosine), result
+        yield _finish(rows.pop(result.slide), groups.pop(result.slide), result, recipe, encoder), result
         while broken:
             yield broken[0], Encoded(broken.popleft().slide)
     while broken:
         yield broken[0], Encoded(broken.popleft().slide)
 
 
-def _finish(row: Outcome, group: SlideGroup, result: Encoded, recipe: Recipe, cosine: float) -> Outcome:
+def _finish(row: Outcome, group: SlideGroup, result: Encoded, recipe: Recipe, encoder: Encoder) -> Outcome:
     """Commit a slide whose chunks are all written; its own attributes come last."""
     row = row.after(result.meter.seconds).at_speed(result.meter)
     if result.error is not None:
@@ -310,7 +308,7 @@ def _finish(row: Outcome, group: SlideGroup, result: Encoded, recipe: Recipe, co
         return replace(row, status="failed", stage=fault.stage, error=fault.error, message=fault.message)
     if result.invalid:
         row = replace(row, message="; ".join(filter(None, [row.message, _invalid_words(result.invalid)])))
-    group.features(recipe.encoder_key).finish(cosine_to_fp32=round(cosine, 6))
+    group.features(recipe.encoder_key).finish(cosine_to_fp32=encoder.cosine_to_fp32)
     tiles = [level["stop"] - level["start"] for level in read_attrs(group.path / "tiles")["levels"]]
     group.finish("complete", counts={"tiles": tiles, "invalid": result.invalid})
     return replace(row, status="done")

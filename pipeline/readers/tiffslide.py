@@ -64,7 +64,9 @@ class TiffSlideSlide(Slide):
         left, top = round(x / scale[0]), round(y / scale[1])
         pages = self._tiles[level]
         if len(pages) == 1:
-            out = np.full((height, width, 3), 255, np.uint8)
+            out = np.empty((height, width, 3), np.uint8)
+            if not pages[0].covers(left, top, width, height):
+                out.fill(255)
             pages[0].paste(out, left, top)
             return out
         return self._mixed(pages, level, left, top, width, height)

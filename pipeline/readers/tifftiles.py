@@ -118,6 +118,7 @@ class TilePage:
         self._across, self._down = -(-page.imagewidth // self._columns), -(-page.imagelength // self._rows)
         self._decode = page.decode  # reads tags on its first use, which moves the file's position: now and not later
         self._jpeg_head = _jpeg_head(page)
+        self._is_whole = all(page.databytecounts)  # else some tiles are left out: they are background
 
     def expect(self, windows: Iterable[Window]) -> None:
         """Which windows are going to be read, each once."""
@@ -131,6 +132,13 @@ class TilePage:
         rows = _under(top, top + height, self._rows, self.page.imagelength)
         columns = _under(left, left + width, self._columns, self.page.imagewidth)
         return rows, columns
+
+    def covers(self, left: int, top: int, width: int, height: int) -> bool:
+        """True if the page has every pixel of a region."""
+        inside = (
+            left >= 0 and top >= 0 and left + width <= self.page.imagewidth and top + height <= self.page.imagelength
+        )
+        return inside and self._is_whole
 
     def paste(self, out: np.ndarray, left: int, top: int) -> None:
         """Put what the page has of a region, whose corner is at (left, top), on `out` (h, w, 3) uint8.
