@@ -6,8 +6,8 @@
 thousand pixels, noisy glass around. Kinds by their side in pixels: big 32768, medium 16384, biopsies 6144. The same
 seed gives the same slide; a slide that is there already is not made again.
 
-Inside the blobs a slide repeats a few hundred different tiles, each encoded once: that is what makes a gigapixel in
-half a minute. No peer keeps decoded tiles by content, so a repeated tile costs a reader what a new one costs.
+Inside the blobs a slide repeats a few hundred different tiles, each encoded once: so a gigapixel takes seconds. Every
+place has bytes of its own in the file; a reader that goes by place decodes them all.
 """
 
 import argparse

@@ -1,0 +1,95 @@
+"""slide2vec with hs2p. Its default for tissue, `hsv`, finds none on such slides; so it is `otsu` here."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import driving  # first: its clock takes the imports below
+import timm
+import torch
+from hs2p import DEFAULT_MASK_SAMPLING, FilterConfig, SegmentationConfig, SlideSpec, TilingConfig, tile_slide
+from slide2vec import (
+    ExecutionOptions,
+    Model,
+    Pipeline,
+    PreprocessingConfig,
+    TorchTileEncoder,
+    register_encoder,
+)
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+
+NAME = "resnet50-of-the-benchmark"
+TILING = TilingConfig(
+    requested_spacing_um=driving.MPP, requested_tile_size_px=driving.TILE_PX, tolerance=0.05, overlap=0.0
+)
+TISSUE = SegmentationConfig(method="otsu")
+
+
+def register(weights: Path) -> type:
+    """No preset takes a local file, and none is a ResNet; an encoder of one's own is the way the package offers."""
+
+    @register_encoder(
+        NAME,
+        encode_dim=2048,
+        input_size=driving.TILE_PX,  # what the network gets; of another size tiles are refused
+        supports_variable_input_size=False,
+        supported_spacing_um=None,
+        default_spacing_um=driving.MPP,
+        precision="fp32",
+    )
+    class ResNet50(TorchTileEncoder):
+        def __init__(self, *, output_variant: str | None = None) -> None:
+            network = timm.create_model("resnet50", pretrained=False, num_classes=0, checkpoint_path=str(weights))
+            super().__init__(
+                network,
+                encode_dim=2048,
+                input_size=driving.TILE_PX,
+                mean=IMAGENET_DEFAULT_MEAN,
+                std=IMAGENET_DEFAULT_STD,
+                output_variant=output_variant,
+            )
+
+    return ResNet50
+
+
+def features(job: driving.Job) -> int:
+    register(job.weights)
+    pipeline = Pipeline(
+        Model.from_preset(NAME, device="cpu"),
+        PreprocessingConfig(tiling=TILING, segmentation=TISSUE),
+        execution=ExecutionOptions(
+            output_dir=job.out,
+            batch_size=driving.BATCH,
+            precision="fp32",
+            num_workers_per_gpu=driving.LOADERS,
+            num_gpus=1,
+        ),
+    )
+    with job.stage("segment, tile, encode"):
+        result = pipeline.run(slides=job.slides)
+    return sum(artifact.num_tiles for artifact in result.tile_artifacts)
+
+
+def encoder(job: driving.Job) -> Callable[[], object]:
+    network = register(job.weights)()
+    tiles = torch.randn(driving.BATCH, 3, driving.TILE_PX, driving.TILE_PX)
+
+    def encode() -> torch.Tensor:
+        with torch.inference_mode():
+            return network.encode_tiles(tiles)
+
+    return encode
+
+
+def segment(job: driving.Job, slide: Path) -> int:
+    result = tile_slide(
+        SlideSpec(sample_id=slide.stem, image_path=slide),
+        tiling=TILING,
+        segmentation=TISSUE,
+        filtering=FilterConfig(ref_tile_size=driving.TILE_PX),  # as slide2vec sets it
+        masks=DEFAULT_MASK_SAMPLING,
+    )
+    return result.num_tiles
+
+
+if __name__ == "__main__":
+    driving.main(features, encoder, segment)
