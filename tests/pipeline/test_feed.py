@@ -231,8 +231,8 @@ def test_no_more_bytes_are_in_flight_than_allowed(blocks, reading, encoding):
     with feed_of(iter(sources), readers=3, queue_bytes=blocks * BLOCK_BYTES + 10) as feed:
         for item in feed:
             taken += item is not None and item[1] is not None
-            ahead.append(sum(slide.reads for one in sources for slide in one.slides) - taken)
             time.sleep(encoding)
+            ahead.append(sum(slide.reads for one in sources for slide in one.slides) - taken)
     assert taken == 2 * BLOCKS
     assert max(ahead) <= max(blocks, 1)
     assert feed.budget.peak <= max(blocks, 1) * BLOCK_BYTES

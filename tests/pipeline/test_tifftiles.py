@@ -10,6 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
+import imagecodecs
 import numpy as np
 import pytest
 import tifffile
@@ -314,6 +315,18 @@ def test_a_file_that_was_cut_while_open_is_an_error(tmp_path, smooth):
             pasted(page, Window(0, 0, W, H))
 
 
+def test_a_strip_that_holds_less_than_it_should_is_an_error(tmp_path, smooth):
+    """A whole stream, but of fewer rows: what it lacks is no background, and surely not what was in memory before."""
+    parts = [smooth[y : y + height] for y, height in ((0, 64), (64, 16), (128, 64), (192, H - 192))]
+    streams = (imagecodecs.jpeg_encode(np.ascontiguousarray(part), level=95) for part in parts)
+    options = {"shape": (H, W, 3), "dtype": np.uint8, "rowsperstrip": 64, "compression": "jpeg", "photometric": "rgb"}
+    tifffile.imwrite(tmp_path / "a.tif", streams, metadata=None, **options)
+    with open_slide(tmp_path / "a.tif", mpp=0.5, reader="tiffslide") as slide:
+        with pytest.raises(CorruptTiles, match="tile 1 of level 0 is damaged: it holds 300 x 16 pixels"):
+            slide.read(0, 0, 0, W, H)
+        assert abs(slide.read(0, 192, 0, W, H - 192).astype(int) - smooth[192:]).mean() < 6, "the last one may be short"
+
+
 # --- pixels ----------------------------------------------------------------------------------------------------------
 
 
@@ -425,6 +438,31 @@ def test_tiles_that_the_file_leaves_out_are_white(tmp_path, smooth, compression)
         else:
             assert abs(tile.astype(int) - smooth[y : y + 64, x : x + 64]).mean() < 9
     assert cost.pixels == 6 * 64**2
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+def test_it_is_known_where_a_page_has_every_pixel(tmp_path, smooth, sparse):
+    """Elsewhere there has to be white before it is pasted."""
+    tiles = (None if sparse and x == 64 else smooth[:64, x : x + 64] for x in (0, 64, 128))
+    options = {"shape": (64, 160, 3), "dtype": np.uint8, "tile": (64, 64), "photometric": "rgb", "metadata": None}
+    tifffile.imwrite(tmp_path / "a.tif", tiles, **options)
+    with page_of(tmp_path / "a.tif") as (page, _, _):
+        for inside in ((0, 0, 160, 64), (5, 5, 1, 1), (159, 63, 1, 1)):
+            assert page.covers(*inside) is not sparse
+        for across in ((-1, 0, 9, 9), (0, -1, 9, 9), (152, 0, 9, 9), (0, 56, 9, 9), (-1, -1, 200, 200), (200, 0, 1, 1)):
+            assert page.covers(*across) is False
+
+
+@pytest.mark.parametrize(
+    "window", [(-7, 3, 20, 20), (290, 200, 30, 30), (500, 0, 8, 8), (0, 0, W, H), (60, 60, 80, 80)]
+)
+def test_what_was_in_memory_before_never_shows(plain, pixels, window):
+    at = Window(*window)
+    with open_slide(plain, mpp=0.5, reader="tiffslide") as slide:
+        for junk in (77, 78):
+            before = np.full((at.height, at.width, 3), junk, np.uint8)
+            del before
+            np.testing.assert_array_equal(slide.read(at.x, at.y, 0, at.width, at.height), on_white(pixels, at))
 
 
 def test_a_window_beside_the_image_reads_nothing(monkeypatch, plain):
