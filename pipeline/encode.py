@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 SMALLEST, LARGEST = 16, 1024  # batches that are tried; a CPU gains nothing beyond its cache
-LARGEST_CPU = 64
+LARGEST_CPU = 32  # and each larger size costs a batch that is encoded twice, see `_prove`
 WRITER_BYTES = 64 << 20
 
 
@@ -154,7 +154,7 @@ class Batches:
             _require_out_of_memory(error)
             if len(tiles) == 1:
                 raise RunStopped(f"the memory of the device does not suffice for one tile: {error}") from error
-            half = -(-len(tiles) // 2)
+            half = len(tiles) // 2
             self.size.cap(half)
             self._shapes = [half]
             at = 0

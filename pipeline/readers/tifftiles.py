@@ -168,6 +168,11 @@ class TilePage:
         if fault:
             raise self._corrupt(index, f"is damaged: {fault}")
         tile = self._rgb(data, index)
+        row, column = divmod(index, self._across)
+        height = min(self._rows, self.page.imagelength - row * self._rows)
+        width = min(self._columns, self.page.imagewidth - column * self._columns)
+        if tile.shape[0] < height or tile.shape[1] < width:
+            raise self._corrupt(index, f"is damaged: it holds {tile.shape[1]} x {tile.shape[0]} pixels")
         self._cost.add(tile.shape[0] * tile.shape[1], waited)
         return tile
 
