@@ -24,6 +24,7 @@ from pipeline.readers import open_slide
 from pipeline.readers.image import ArraySlide
 from pipeline.rows import Work
 from pipeline.store import BagStore
+from pipeline.stream import Tile
 from pipeline.tissue import TissueMask
 
 pytestmark = pytest.mark.timeout(120)
@@ -110,17 +111,24 @@ def _small(monkeypatch):
 
 
 @pytest.fixture
+def impatient(monkeypatch, _small):
+    """What has gathered is encoded soon where no slide comes."""
+    monkeypatch.setattr("pipeline.feed.IDLE_S", 0.05)
+
+
+@pytest.fixture
 def fewer_chunks(monkeypatch, _small):
     """Where chunks are not what is looked at: writing them takes longer than all else."""
     make_small(monkeypatch, 99)
 
 
 def make_small(patch, chunk_rows: int = ROWS) -> None:
-    """Chunks of a few rows, and blocks of a few tiles."""
+    """Chunks of a few rows, and blocks of a few tiles; three sizes of batches are tried on a CPU."""
     for where in (rows, store_module):
         patch.setattr(where, "CHUNK_ROWS", chunk_rows)
     patch.setattr(stream, "GROUP_PX", 32)
-    patch.setattr("pipeline.feed.IDLE_S", 0.05)
+    patch.setattr("pipeline.feed.IDLE_S", 60)  # else a busy machine cuts batches short
+    patch.setattr(module, "LARGEST_CPU", 64)
 
 
 @pytest.fixture(autouse=True)
@@ -232,7 +240,7 @@ def test_batches_are_full_across_slides(tmp_path):
     assert_right(works, pictures)
 
 
-def test_slides_are_taken_as_they_come_and_given_back_early(tmp_path):
+def test_slides_are_taken_as_they_come_and_given_back_early(tmp_path, impatient):
     works, _ = several(tmp_path)
     taken, go = [], threading.Event()
 
@@ -295,6 +303,23 @@ def test_a_batch_that_is_no_faster_is_given_up(tmp_path, fewer_chunks):
     assert results[-1].batch_size == 32
     assert set(encoder.batches[-6:]) <= {16, 32}
     assert_right(works, pictures)
+
+
+def test_a_batch_that_is_not_full_says_nothing_of_its_size():
+    """It takes as long as a full one, and where few tiles come the next size would look twice as fast."""
+
+    class Rows:
+        error, meter = None, Meter()
+
+        def put(self, row, value):
+            pass
+
+    batches = module.Batches(MeanColour(seconds=same), PX, "cpu", None, lambda count: None)
+    for _ in range(5):
+        for row in range(5):
+            batches.add(Rows(), Tile(row, np.zeros((PX, PX, 3), np.uint8)))
+        batches.flush()
+    assert (batches.size.value, batches.size.settled) == (SMALLEST, False)
 
 
 def by_shape(x: torch.Tensor) -> torch.Tensor:
@@ -880,7 +905,7 @@ def test_a_slow_disk_is_waited_for(tmp_path, monkeypatch):
 
 def test_time_is_shared_out_and_adds_up(tmp_path):
     def slowly(x):
-        time.sleep(0.002)
+        time.sleep(0.02)
         return x
 
     works, _ = several(tmp_path)
@@ -897,6 +922,23 @@ def test_time_is_shared_out_and_adds_up(tmp_path):
         assert 0 < so_far.encoding <= so_far.seconds <= wall, "from the first batch on"
     assert all(a.seconds <= b.seconds for a, b in pairwise(seen))
     assert seen[-1].tiles == total.tiles
+
+
+def test_what_is_told_so_far_counts_slides_that_are_finished(tmp_path, impatient):
+    works, _ = several(tmp_path)
+    go, seen = threading.Event(), []
+
+    def arriving():
+        yield works[0]
+        go.wait(60)
+        yield from works[1:]
+
+    results = encode_slides(arriving(), MeanColour(), "cpu", lambda count, so_far: seen.append(so_far))
+    first = next(results)
+    assert seen[-1].tiles == first.meter.tiles == len(works[0].tree)
+    go.set()
+    list(results)
+    assert seen[-1].tiles == sum(len(w.tree) for w in works)
 
 
 def test_the_only_batch_of_a_small_run_takes_time_too(tmp_path):
