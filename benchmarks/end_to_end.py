@@ -30,6 +30,7 @@ from slides import SIDES, cohort
 from extractors import Encoder, Pending
 from pipeline.config import Config, make_config
 from pipeline.encode import Settings
+from pipeline.lanes import Lanes
 from pipeline.meter import Meter
 from pipeline.outcome import Outcome
 from pipeline.readers import open_slide
@@ -58,10 +59,10 @@ class Traced:
         self.spans.append((began, time.perf_counter(), len(tiles)))
         return pending
 
-    @property
-    def busy(self) -> float:
-        first, last = self.spans[0][0], self.spans[-1][1]
-        return sum(end - begin for begin, end, _ in self.spans) / (last - first)
+    def busy(self, lanes: int) -> float:
+        """Share of the time between the first batch and the last in which the lanes worked."""
+        first, last = min(begin for begin, _, _ in self.spans), max(end for _, end, _ in self.spans)
+        return sum(end - begin for begin, end, _ in self.spans) / (last - first) / lanes
 
 
 def prepared(files: list[SlideFile], recipe: Recipe, out: Path) -> list[tuple[SlideFile, Outcome]]:
@@ -83,14 +84,15 @@ def tiles_of(files: list[SlideFile], out: Path, limit: int | None = None) -> Ite
                             return
 
 
-def encoder_alone(encoder: Encoder, tiles: np.ndarray, batch: int) -> float:
-    """Tiles a second, on tiles in memory, in batches as the run had them."""
+def encoder_alone(encoder: Encoder, tiles: np.ndarray, batch: int, threads: int) -> float:
+    """Tiles a second, on tiles in memory, in batches and lanes as the run had them."""
     tiles = tiles[: len(tiles) // batch * batch] if len(tiles) > batch else tiles
     batches = [torch.from_numpy(tiles[at : at + batch]) for at in range(0, len(tiles), batch)]
-    started = time.perf_counter()
-    for one in batches:
-        encoder.start(one).result()
-    return len(tiles) / (time.perf_counter() - started)
+    with Lanes(encoder, "cpu", threads) as lanes:
+        started = time.perf_counter()
+        for pending in [lanes.start(one) for one in batches]:
+            pending.result()
+        return len(tiles) / (time.perf_counter() - started)
 
 
 def reading_alone(files: list[SlideFile], out: Path, threads: int) -> float:
@@ -125,7 +127,7 @@ def measure(kind: str, count: int, config: Config, threads: int, repeats: int) -
             assert all(row.status == "done" for row, _ in results), results
             meter = sum((result.meter for _, result in results), Meter())
             batch = results[-1][1].batch_size
-            alone = encoder_alone(encoder, memory, batch)
+            alone = encoder_alone(encoder, memory, batch, threads)
             reading = reading_alone([file for file, _ in ready], out, threads)
             runs.append(
                 {
@@ -134,7 +136,7 @@ def measure(kind: str, count: int, config: Config, threads: int, repeats: int) -
                     "reading alone, tiles/s": reading,
                     "end to end ÷ encoder alone": meter.tiles / whole / alone,
                     "of the slower part": meter.tiles / whole / min(alone, reading),
-                    "busy": traced.busy,
+                    "busy": traced.busy(threads),
                     "s per 1,000 native tiles": 1e3 * whole / (meter.decoded / 256**2),
                 }
             )

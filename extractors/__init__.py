@@ -98,6 +98,7 @@ class Encoder:
     done to the keys of the file, and `precision` what is computed in: bf16, fp16 or fp32.
     """
 
+    parallel = False  # do several threads gain by calling `encode` at a time? On a CPU each core then has its own batch
     precision = "fp32"
     cosine_to_fp32: float | None = None  # of its features, once somebody has measured it
 

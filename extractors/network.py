@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 from collections.abc import Callable
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Self
@@ -39,6 +40,7 @@ class NetworkEncoder(Encoder):
         self._network: nn.Module | None = None
         self._optimised: Callable[[Tensor], Tensor] | None = None
         self._layout: torch.memory_format | None = None
+        self._laying_out = threading.Lock()
         self._copying: torch.cuda.Stream | None = None
 
     @cached_property
@@ -52,6 +54,10 @@ class NetworkEncoder(Encoder):
         from .weights import sha256
 
         return RANDOM if self.weights == RANDOM else sha256(self._weights_file)
+
+    @property
+    def parallel(self) -> bool:  # type: ignore[override]
+        return self._optimised is None  # torch.compile has threads of its own
 
     @property
     def weights_words(self) -> str:
@@ -170,10 +176,11 @@ class NetworkEncoder(Encoder):
         layout = (
             torch.channels_last if px >= CHANNELS_LAST_PX or self._device.type != "cpu" else torch.contiguous_format
         )
-        if layout != self._layout:
-            assert self._network is not None
-            self._network.to(memory_format=layout)
-            self._layout = layout
+        with self._laying_out:
+            if layout != self._layout:
+                assert self._network is not None
+                self._network.to(memory_format=layout)
+                self._layout = layout
 
 
 class _OnGpu(Pending):

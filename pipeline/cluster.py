@@ -110,7 +110,7 @@ def _encode_task(slides: str, topic: str, job: Job) -> None:
     settings = Settings(
         batch_size=config.batch_size or job.batch_sizes.get(device_name(device)),
         readers=config.readers,
-        most_readers=_threads(),
+        threads=_threads(),
         queue_bytes=config.queue_mb << 20,
     )
     pulled = _pulled(Queue(slides), job)

@@ -18,6 +18,7 @@ from extractors import Encoder, Pending
 from .doubling import Doubling
 from .errors import RunStopped, SlideError
 from .feed import Feed
+from .lanes import Lanes
 from .meter import Meter
 from .rows import SlideRows, Work, Writer
 from .stream import Tile
@@ -25,8 +26,8 @@ from .stream import Tile
 if TYPE_CHECKING:
     from torch import Tensor
 
-SMALLEST, LARGEST = 16, 1024  # batches that are tried; a CPU gains nothing beyond its cache
-LARGEST_CPU = 32  # and each larger size costs a batch that is encoded twice, see `_prove`
+ON_CPU = 16  # tiles a batch on a CPU, which gains nothing from more
+SMALLEST, LARGEST = 16, 1024  # batches that are tried on a GPU
 WRITER_BYTES = 64 << 20
 
 
@@ -37,13 +38,14 @@ Home = tuple[SlideRows, int]  # of a tile: its slide, its row
 class Settings:
     """How the work is done; None: found by trying. No feature depends on it, but see `batch_size`.
 
-    batch_size: on a GPU the last bits of features may depend on it, so what was found is told, and given here again
-    when a run is resumed. most_readers: threads that may read at a time.
+    batch_size: the last bits of features may depend on it, so what was found on a GPU is told, and given here again
+    when a run is resumed. threads: cores that may be used. readers: threads that read at a time; None: as many as there
+    are cores, on a GPU as many as help.
     """
 
     batch_size: int | None = None
     readers: int | None = None
-    most_readers: int = 1
+    threads: int = 1
     queue_bytes: int = 512 << 20
 
 
@@ -59,25 +61,23 @@ class Encoded:
 
 
 class Batches:
-    """Tiles of any slides in the order they were read, in batches of few shapes.
+    """Tiles of any slides in the order they were read, in batches of one shape.
 
-    On some devices a tile's last bits depend on the shape of its batch (bf16 on AMX, most GPUs), so no other shapes
-    come than those that were seen to give the same bits; the last batch is filled up with anything.
+    On some devices a tile's last bits depend on the shape of its batch (bf16 on AMX, most GPUs), so there is one shape
+    only: the last batch is filled up with anything.
     """
 
-    def __init__(
-        self, encoder: Encoder, px: int, device: str, batch_size: int | None, on_tiles: Callable[[int], None]
-    ) -> None:
+    def __init__(self, lanes: Lanes, px: int, batch_size: int | None, on_tiles: Callable[[int], None]) -> None:
         self.px = px
-        self._encoder, self._gpu, self._on_tiles = encoder, device != "cpu", on_tiles
-        self.size = Doubling(batch_size or SMALLEST, batch_size or (LARGEST if self._gpu else LARGEST_CPU))
+        self._lanes, self._on_tiles = lanes, on_tiles
+        self.size = Doubling(batch_size or SMALLEST, batch_size or LARGEST)
+        if batch_size is None and not lanes.gpu:
+            self.size.cap(ON_CPU)
         self._homes: list[Home] = []
         self._flying: deque[tuple[Pending, Tensor, list[Home]]] = deque()
-        self._ahead = 1 if self._gpu else 0  # batches on the device while the next is filled
         self._spare: list[Tensor] = []
-        while self._gpu and not self.size.settled:
+        while not self.size.settled:
             self._try_on_nothing()
-        self._shapes = [self.size.value]
         self._buffer = self._empty()
 
     def _empty(self) -> Tensor:
@@ -87,12 +87,12 @@ class Batches:
         while self._spare:
             if (buffer := self._spare.pop()).shape == shape:
                 return buffer
-        return torch.zeros(shape, dtype=torch.uint8, pin_memory=self._gpu)
+        return torch.zeros(shape, dtype=torch.uint8, pin_memory=self._lanes.gpu)
 
     def _try_on_nothing(self) -> None:
-        """On a GPU the shape is found before the first tile, and kept."""
+        """The shape is found before the first tile, and kept."""
         try:
-            pending = self._encoder.start(self._empty())
+            pending = self._lanes.start(self._empty())
             pending.result()
             self.size.report(self.size.value, pending.seconds)
         except (RuntimeError, MemoryError) as error:
@@ -127,67 +127,49 @@ class Batches:
             self._homes = [self._homes[at] for at in kept]
 
     def _launch(self) -> None:
-        buffer, homes = self._buffer, self._homes
-        if not homes:
-            return
-        buffer[len(homes) :] = 0
-        at = 0
-        while at < len(homes):
-            left = len(homes) - at
-            size = max((shape for shape in self._shapes if shape <= left), default=self._shapes[0])
-            if len(homes) == len(buffer) == self.size.value:
-                size = len(buffer)
-            self._start(buffer[at : at + size], homes[at : at + size])
-            at += size
-        while len(self._flying) > self._ahead:
-            self._land()
-        self._homes, self._buffer = [], self._empty()
+        """Begin the batch, and wait for the oldest where all lanes have one."""
+        if self._homes:
+            self._buffer[len(self._homes) :] = 0
+            self._start(self._buffer, self._homes)
+            while len(self._flying) > self._lanes.count:
+                self._land()
+            self._homes, self._buffer = [], self._empty()
 
     def _start(self, tiles: Tensor, homes: list[Home]) -> None:
-        """Begin a batch; where the device's memory does not suffice, in halves, and so from then on."""
-        import torch
-
         try:
-            pending = self._encoder.start(tiles) if len(tiles) in self._shapes else self._prove(tiles)
-            self._flying.append((pending, tiles, homes))
+            self._flying.append((self._lanes.start(tiles), tiles, homes))
         except (RuntimeError, MemoryError) as error:
-            _require_out_of_memory(error)
-            if len(tiles) == 1:
-                raise RunStopped(f"the memory of the device does not suffice for one tile: {error}") from error
-            half = len(tiles) // 2
-            self.size.cap(half)
-            self._shapes = [half]
-            at = 0
-            while at < len(homes):
-                size = self.size.value  # less than half, once that was too much as well
-                part = tiles[at : at + size]  # the last is filled up with anything
-                self._start(torch.cat([part, tiles[: size - len(part)]]), homes[at : at + size])
-                at += size
+            self._start_smaller(tiles, homes, error)
 
-    def _prove(self, tiles: Tensor) -> Pending:
-        """A batch of a new shape, on a CPU: taken if its tiles get the bits that they get in the shape before."""
+    def _start_smaller(self, tiles: Tensor, homes: list[Home], error: RuntimeError | MemoryError) -> None:
+        """Where the device's memory does not suffice: in halves, and so from then on."""
         import torch
 
-        known = self._shapes[-1]
-        whole = self._encoder.start(tiles)
-        parts = [self._encoder.start(tiles[at : at + known]) for at in range(0, len(tiles), known)]
-        features = torch.cat([part.result() for part in parts])
-        if torch.equal(whole.result(), features):
-            self._shapes.append(len(tiles))
-            return whole
-        self.size.refuse()
-        return Pending(features, sum(part.seconds for part in parts))
+        _require_out_of_memory(error)
+        if len(tiles) == 1:
+            raise RunStopped(f"the memory of the device does not suffice for one tile: {error}") from error
+        self.size.cap(len(tiles) // 2)
+        at = 0
+        while at < len(homes):
+            size = self.size.value  # less than half, once that was too much as well
+            part = tiles[at : at + size]  # the last is filled up with anything
+            self._start(torch.cat([part, tiles[: size - len(part)]]), homes[at : at + size])
+            at += size
+            while self._flying:  # whether that was little enough is known before the next is begun
+                self._land()
 
     def _land(self) -> None:
         pending, tiles, homes = self._flying.popleft()
-        values = pending.result().numpy()
-        share = pending.seconds / len(homes)
+        try:
+            values = pending.result().numpy()
+        except (RuntimeError, MemoryError) as error:
+            self._start_smaller(tiles, homes, error)
+            return
+        share = pending.seconds / self._lanes.count / len(homes)
         for (rows, row), value in zip(homes, values[: len(homes)], strict=True):
             rows.meter.encoding += share
             if rows.error is None:
                 rows.put(row, value)
-        if len(homes) == self.size.value:
-            self.size.report(len(homes), pending.seconds)
         if tiles.shape[0] == self.size.value:
             self._spare.append(tiles)
         self._on_tiles(len(homes))
@@ -225,9 +207,10 @@ def encode_slides(
         so_far.spend(perf_counter() - clock, feed.readers.value)  # since it was last given to a slide
         on_tiles(count, so_far)
 
-    with Writer(WRITER_BYTES) as writer:
+    readers = settings.readers or (settings.threads if device == "cpu" else None)
+    with Writer(WRITER_BYTES) as writer, Lanes(encoder, device, settings.threads) as lanes:
         sources = (SlideRows(work, encoder.facts.dim, writer) for work in works)
-        with Feed(sources, settings.readers, settings.most_readers, settings.queue_bytes) as feed:
+        with Feed(sources, readers, settings.threads, settings.queue_bytes) as feed:
             clock = perf_counter()
             for item in feed:
                 if item is None:
@@ -241,7 +224,7 @@ def encode_slides(
                         if batches is None or batches.px != rows.tree.tile_px:
                             if batches is not None:
                                 batches.flush()
-                            batches = Batches(encoder, rows.tree.tile_px, device, settings.batch_size, tell)
+                            batches = Batches(lanes, rows.tree.tile_px, settings.batch_size, tell)
                         for tile in tiles:
                             batches.add(rows, tile)
                     rows.read_all = tiles is None

@@ -3,18 +3,21 @@
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+BUSY = 0.9  # share of the time; an encoder that works as much is what bounds
+
 
 @dataclass
 class Meter:
-    """Sums; those of two slides, or of two devices, add up. Seconds are of the thread that encodes, unless it is said.
+    """Sums; those of two slides, or of two devices, add up. Seconds are of the thread that feeds the encoder, unless it
+    is said.
 
-    `seconds` is all of them: encoding, waiting for one thing or another, and what is left. The last tiles of a slide
-    share a batch with the next slide, so a slide's own figures are true to a batch.
+    The encoder works meanwhile: `encoding` may overlap with what is waited for. The last tiles of a slide share a batch
+    with the next slide, so a slide's own figures are true to a batch.
     """
 
     tiles: int = 0  # encoded
     seconds: float = 0.0
-    encoding: float = 0.0  # the device was busy
+    encoding: float = 0.0  # the device was busy; half of its lanes for a second is half a second
     waiting: float = 0.0  # for tiles that were being read
     starving: float = 0.0  # for a slide that was being segmented
     stalled: float = 0.0  # for the writer
@@ -34,14 +37,15 @@ class Meter:
 
     @property
     def bound_by(self) -> str:
-        """encoding, reading, segmenting or writing; "" if nothing was encoded."""
-        spent = {
-            "encoding": self.encoding,
-            "reading": self.waiting,
-            "segmenting": self.starving,
-            "writing": self.stalled,
-        }
-        return max(spent, key=lambda name: spent[name]) if self.tiles else ""
+        """encoding, reading, segmenting or writing; "" if nothing was encoded.
+
+        It is the encoder that bounds where it was busy, or where no wait explains why it was not.
+        """
+        if not self.tiles:
+            return ""
+        waits = {"reading": self.waiting, "segmenting": self.starving, "writing": self.stalled}
+        longest, idle = max(waits, key=lambda name: waits[name]), self.seconds - self.encoding
+        return longest if idle > (1 - BUSY) * self.seconds and waits[longest] >= idle / 2 else "encoding"
 
     def rates(self) -> dict[str, float]:
         """What a person wants to see: rates, and shares of the time."""
@@ -69,7 +73,7 @@ class Meter:
         disk = f", {rates['disk']:.0%} of it waiting for the disk" if rates["disk"] > 0.2 else ""
         why = {
             "encoding": f"the encoder was busy {rates['encoder_busy']:.0%} of the time",
-            "reading": f"{readers}{disk}; the encoder waited {rates['waited_for_tiles']:.0%}",
+            "reading": f"{readers}{disk}; the encoder waited {1 - rates['encoder_busy']:.0%}",
             "segmenting": f"the encoder waited {rates['waited_for_slides']:.0%} for slides that were being segmented",
             "writing": f"the encoder waited {rates['waited_for_writer']:.0%} for the writer",
         }[self.bound_by]

@@ -16,7 +16,20 @@ PACKAGES = ("pipeline", "extractors", "heads")
 ORDER = (
     *("errors", "doubling", "meter", "config", "scale", "area", "slide", "readers", "tissue", "shapes", "quadtree"),
     "agreement",
-    *("arrays", "store", "stream", "feed", "rows", "encode", "draw", "prediction", "fingerprint", "outcome", "tables"),
+    *(
+        "arrays",
+        "store",
+        "stream",
+        "feed",
+        "rows",
+        "lanes",
+        "encode",
+        "draw",
+        "prediction",
+        "fingerprint",
+        "outcome",
+        "tables",
+    ),
     *("folder", "stages", "lock", "output", "worker", "cluster", "batch", "labels", "training", "demo", "doctor"),
     "cli",
 )

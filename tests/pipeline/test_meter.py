@@ -42,9 +42,22 @@ CASES = {"encoding": "encoding", "reading": "waiting", "segmenting": "starving",
 @pytest.mark.parametrize(("word", "name"), CASES.items())
 def test_what_took_longest_bounds(word, name):
     meter = Meter(tiles=1, seconds=10, encoding=2, waiting=2, starving=2, stalled=2)
-    assert replace(meter, **{name: 3}).bound_by == word
-    assert replace(meter, **{name: 3}, reading=99, writing=99, disk=99).bound_by == word, "threads beside do not count"
-    assert replace(meter, **{name: 3}, tiles=0).bound_by == "", "where nothing was encoded nothing bounded it"
+    assert replace(meter, **{name: 5}).bound_by == word
+    assert replace(meter, **{name: 5}, reading=99, writing=99, disk=99).bound_by == word, "threads beside do not count"
+    assert replace(meter, **{name: 5}, tiles=0).bound_by == "", "where nothing was encoded nothing bounded it"
+
+
+@pytest.mark.parametrize(
+    ("encoding", "waiting", "word"),
+    [
+        (9.5, 9.0, "encoding"),  # tiles were waited for while the encoder worked
+        (6.0, 9.0, "reading"),  # the encoder worked longer than it waited, but more tiles would have made it faster
+        (6.0, 2.0, "reading"),
+        (6.0, 1.0, "encoding"),  # why it rested is not known: a run of a few batches
+    ],
+)
+def test_an_encoder_that_works_beside(encoding, waiting, word):
+    assert Meter(tiles=1, seconds=10, encoding=encoding, waiting=waiting).bound_by == word
 
 
 @pytest.mark.parametrize(
@@ -53,11 +66,11 @@ def test_what_took_longest_bounds(word, name):
         (Meter(seconds=10, waiting=10), "nothing was encoded"),
         (Meter(tiles=9, seconds=10, encoding=9.4), "bound by encoding: the encoder was busy 94% of the time"),
         (
-            Meter(tiles=9, seconds=10, waiting=6, reading=29.4, available=30),
+            Meter(tiles=9, seconds=10, encoding=4, waiting=6, reading=29.4, available=30),
             "bound by reading: 3 reader threads at 98%; the encoder waited 60%",
         ),
         (
-            Meter(tiles=9, seconds=10, waiting=6, reading=8, available=10, disk=2),
+            Meter(tiles=9, seconds=10, encoding=4, waiting=9, reading=8, available=10, disk=2),
             "bound by reading: 1 reader thread at 80%, 25% of it waiting for the disk; the encoder waited 60%",
         ),
         (
