@@ -74,13 +74,18 @@ def weights(start: float, length: float, cells: int) -> Weights:
     return Weights(matrix, first, (last - first) // cells if whole else 0)
 
 
-def area_mean(pixels: np.ndarray, columns: Weights, rows: Weights) -> np.ndarray:
-    """(H, W, 3) uint8 → (h, w, 3): uint8 as it is where a cell is a pixel, else uint16 in 1/256 of a grey level."""
+def area_mean(pixels: np.ndarray, columns: Weights, rows: Weights, rounded: bool = False) -> np.ndarray:
+    """(H, W, 3) uint8 → (h, w, 3): uint8 as it is where a cell is a pixel, else uint16 in 1/256 of a grey level.
+
+    rounded: uint8, where no coarser means are made of these. The values are those of `to_uint8`.
+    """
     if columns.factor == rows.factor == 1:
         return pixels
-    if columns.factor == rows.factor and columns.factor:
-        return _whole_mean(pixels, columns.factor)
-    return _cut_mean(pixels, columns.matrix, rows.strips)
+    if rounded and columns.factor == rows.factor == 2:  # of whole numbers OpenCV rounds halves up, as we do
+        return cv2.resize(pixels, (pixels.shape[1] // 2, pixels.shape[0] // 2), interpolation=cv2.INTER_AREA)
+    same = columns.factor == rows.factor and columns.factor
+    mean = _whole_mean(pixels, columns.factor) if same else _cut_mean(pixels, columns.matrix, rows.strips)
+    return to_uint8(mean) if rounded else mean
 
 
 def _whole_mean(pixels: np.ndarray, factor: int) -> np.ndarray:
@@ -116,5 +121,6 @@ def halve(pixels: np.ndarray) -> np.ndarray:
 
 
 def to_uint8(pixels: np.ndarray) -> np.ndarray:
-    """Whole grey levels, a copy of its own."""
-    return pixels.copy() if pixels.dtype == np.uint8 else cv2.convertScaleAbs(pixels, alpha=1 / GREY)
+    """Whole grey levels, halves rounded up; a copy of its own."""
+    # OpenCV rounds halves to even: a quarter of the smallest step pushes them over and nothing else.
+    return pixels.copy() if pixels.dtype == np.uint8 else cv2.convertScaleAbs(pixels, alpha=1 / GREY, beta=0.25 / GREY)

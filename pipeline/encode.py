@@ -39,8 +39,8 @@ class Settings:
     """How the work is done; None: found by trying. No feature depends on it, but see `batch_size`.
 
     batch_size: the last bits of features may depend on it, so what was found on a GPU is told, and given here again
-    when a run is resumed. threads: cores that may be used. readers: threads that read at a time; None: as many as there
-    are cores, on a GPU as many as help.
+    when a run is resumed. threads: cores that may be used. readers: threads that read at a time; None: as many as help,
+    within `threads`.
     """
 
     batch_size: int | None = None
@@ -207,10 +207,9 @@ def encode_slides(
         so_far.spend(perf_counter() - clock, feed.readers.value)  # since it was last given to a slide
         on_tiles(count, so_far)
 
-    readers = settings.readers or (settings.threads if device == "cpu" else None)
     with Writer(WRITER_BYTES) as writer, Lanes(encoder, device, settings.threads) as lanes:
         sources = (SlideRows(work, encoder.facts.dim, writer) for work in works)
-        with Feed(sources, readers, settings.threads, settings.queue_bytes) as feed:
+        with Feed(sources, settings.readers, settings.threads, settings.queue_bytes) as feed:
             clock = perf_counter()
             for item in feed:
                 if item is None:

@@ -14,7 +14,7 @@ from typing import NamedTuple, Self
 
 import numpy as np
 
-from .area import Weights, area_mean, to_uint8, weights
+from .area import Weights, area_mean, weights
 from .errors import CorruptTiles
 from .scale import ScaleTags
 
@@ -144,16 +144,16 @@ def window(slide: Slide, box: Box, shape: tuple[int, int], level: int) -> tuple[
     return Window(*corner, columns.pixels, rows.pixels), columns, rows
 
 
-def read_mean(slide: Slide, box: Box, shape: tuple[int, int], level: int) -> np.ndarray:
+def read_mean(slide: Slide, box: Box, shape: tuple[int, int], level: int, rounded: bool = False) -> np.ndarray:
     """(height, width, 3): the area means of `level` over `shape` = (width, height) equal cells of `box`.
 
-    uint8 where a cell is a pixel of the level, else uint16 in 1/256 of a grey level (see area.py). The box need not lie
-    on pixel borders: a pixel that is cut counts by the part inside. Raises CorruptTiles.
+    uint8 if they are `rounded` or a cell is a pixel of the level, else uint16 in 1/256 of a grey level (see area.py).
+    The box need not lie on pixel borders: a pixel that is cut counts by the part inside. Raises CorruptTiles.
     """
     at, columns, rows = window(slide, box, shape, level)
     scale = slide.levels[level].downsample
     pixels = slide.read(at.x * scale[0], at.y * scale[1], level, at.width, at.height)
-    return area_mean(pixels, columns, rows)
+    return area_mean(pixels, columns, rows, rounded)
 
 
 @dataclass(frozen=True)
@@ -182,9 +182,7 @@ def thumbnail(slide: Slide, mpp: float, min_px: int = 64) -> Thumbnail:
         for x in range(0, width, step):
             w, h = min(step, width - x), min(step, height - y)
             try:
-                rgb[y : y + h, x : x + w] = to_uint8(
-                    read_mean(slide, Box(x * fx, y * fy, w * fx, h * fy), (w, h), level)
-                )
+                rgb[y : y + h, x : x + w] = read_mean(slide, Box(x * fx, y * fy, w * fx, h * fy), (w, h), level, True)
             except CorruptTiles:
                 _salvage(slide, rgb, unreadable, (x, y, w, h), (fx, fy), level)
     if unreadable.all():
@@ -204,7 +202,7 @@ def _salvage(
     x, y, w, h = part
     fx, fy = scale
     try:
-        rgb[y : y + h, x : x + w] = to_uint8(read_mean(slide, Box(x * fx, y * fy, w * fx, h * fy), (w, h), level))
+        rgb[y : y + h, x : x + w] = read_mean(slide, Box(x * fx, y * fy, w * fx, h * fy), (w, h), level, True)
         return
     except CorruptTiles:
         if max(w, h) == 1 or max(w * fx, h * fy) <= 64 * max(slide.levels[level].downsample):

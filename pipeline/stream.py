@@ -178,7 +178,7 @@ class TileReader:
         """The wanted tiles of a block and of all below it. Damage costs the tiles that touch it, and no others."""
         side = self._side_px(block)
         try:
-            pixels = read_mean(self.slide, block.box, (side, side), self.source)
+            pixels = read_mean(self.slide, block.box, (side, side), self.source, rounded=self._top == self._bottom)
         except CorruptTiles:
             return self._salvage(block)
         return self._cut(block, pixels) if block.high > block.low else Part([], pixels)

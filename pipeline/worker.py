@@ -1,6 +1,8 @@
 """What a worker process sets before it works: signals, memory, threads. Preloaded by Dask."""
 
+import atexit
 import ctypes
+import os
 import signal
 import sys
 
@@ -10,7 +12,15 @@ LARGE = 1 << 30
 
 def dask_setup(worker: object) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in a terminal comes here too, but only the client answers it
+    atexit.register(_leave)
     set_up_process()
+
+
+def _leave() -> None:
+    """The last to be called, as it was registered first: Python takes 0.8 s to take apart what torch has imported."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def set_up_process() -> None:

@@ -150,12 +150,20 @@ def test_halving_is_of_each_four_and_of_every_channel():
     np.testing.assert_array_equal(halve(four), [[[65280, 25600, 0], [65280, 0, 192]]])
 
 
-def test_whole_grey_levels_are_the_nearest():
+def test_whole_grey_levels_are_the_nearest_and_halves_go_up():
     every = np.arange(255 * 256 + 1, dtype=np.uint16).repeat(3).reshape(-1, 1, 3)
-    got = to_uint8(every).astype(np.int64) * 256
-    assert got.shape == (255 * 256 + 1, 1, 3)
-    assert np.abs(got - every).max() == 128
+    np.testing.assert_array_equal(to_uint8(every), (every.astype(int) + 128) // 256)
     assert to_uint8(every).max() == 255
+
+
+@pytest.mark.parametrize("ratio", [1, 2, 3, 4, 1.37, 0.5])
+@pytest.mark.parametrize("width", [1, 7, 64])  # OpenCV has other code for what does not fill a register
+def test_rounded_means_are_the_means_rounded(ratio, width):
+    columns, rows = weights(0.0, width * ratio, width), weights(0.0, 20 * ratio, 20)
+    pixels = noise(columns.pixels, rows.pixels)
+    rounded = area_mean(pixels, columns, rows, rounded=True)
+    assert (rounded.dtype, rounded.shape) == (np.uint8, (20, width, 3))
+    np.testing.assert_array_equal(rounded, to_uint8(area_mean(pixels, columns, rows)))
 
 
 def test_a_tile_is_a_copy_of_its_own():

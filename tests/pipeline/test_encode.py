@@ -98,7 +98,7 @@ def expected(pixels: np.ndarray, tree: QuadTree, scale=16) -> np.ndarray:
             box = np.full((side, side, 3), 255.0)
             part = pixels[y : y + side, x : x + side]
             box[: part.shape[0], : part.shape[1]] = part
-            tile = np.rint(box.reshape(px, side // px, px, side // px, 3).mean(axis=(1, 3)))
+            tile = np.floor(box.reshape(px, side // px, px, side // px, 3).mean(axis=(1, 3)) + 0.5)
             found.append([*(tile.mean(axis=(0, 1)) / scale), 1])
     return np.array(found)
 

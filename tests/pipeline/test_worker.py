@@ -1,0 +1,21 @@
+"""What a worker process sets before it works."""
+
+import subprocess
+import sys
+
+LEAVES = """
+import atexit, signal, sys
+from pipeline.worker import dask_setup
+dask_setup(None)
+assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+atexit.register(print, "registered later, called before", end="")
+class Slow:
+    def __del__(self):
+        print("taken apart")
+sys.modules["slow"] = Slow()
+"""
+
+
+def test_a_worker_leaves_without_taking_its_modules_apart_but_says_all_it_had_to_say():
+    done = subprocess.run([sys.executable, "-c", LEAVES], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "registered later, called before", "")
