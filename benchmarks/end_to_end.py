@@ -14,17 +14,20 @@ Prints a table, writes benchmarks/out/end_to_end.json, and with --trace a pictur
 import argparse
 import json
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from dask.system import CPU_COUNT
+from matplotlib import pyplot
 from slides import SIDES, cohort
 
 from extractors import Encoder, Pending
@@ -41,6 +44,15 @@ from pipeline.worker import set_up_process
 
 OUT = Path(__file__).parent / "out"
 ALONE_TILES = 512  # tiles of the slides that the encoder gets from memory
+ZOOM_S = 12  # of the trace that are drawn batch by batch
+
+
+class Span(NamedTuple):
+    """A batch: when it began and ended, by which thread."""
+
+    begin: float
+    end: float
+    lane: str
 
 
 class Traced:
@@ -48,7 +60,8 @@ class Traced:
 
     def __init__(self, encoder: Encoder) -> None:
         self._encoder = encoder
-        self.spans: list[tuple[float, float, int]] = []
+        self.spans: list[Span] = []
+        self.finished: list[float] = []  # when each slide was
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._encoder, name)
@@ -56,13 +69,18 @@ class Traced:
     def start(self, tiles: torch.Tensor) -> Pending:
         began = time.perf_counter()
         pending = self._encoder.start(tiles)
-        self.spans.append((began, time.perf_counter(), len(tiles)))
+        self.spans.append(Span(began, time.perf_counter(), threading.current_thread().name))
         return pending
 
-    def busy(self, lanes: int) -> float:
+    @property
+    def limits(self) -> tuple[float, float]:
+        return min(span.begin for span in self.spans), max(span.end for span in self.spans)
+
+    def busy(self) -> float:
         """Share of the time between the first batch and the last in which the lanes worked."""
-        first, last = min(begin for begin, _, _ in self.spans), max(end for _, end, _ in self.spans)
-        return sum(end - begin for begin, end, _ in self.spans) / (last - first) / lanes
+        first, last = self.limits
+        lanes = len({span.lane for span in self.spans})
+        return sum(span.end - span.begin for span in self.spans) / (last - first) / lanes
 
 
 def prepared(files: list[SlideFile], recipe: Recipe, out: Path) -> list[tuple[SlideFile, Outcome]]:
@@ -122,7 +140,10 @@ def measure(kind: str, count: int, config: Config, threads: int, repeats: int) -
             out = Path(folder) / str(turn)
             ready = prepared(files, recipe, out)
             traced, started = Traced(encoder), time.perf_counter()
-            results = list(encode(ready, traced, out, recipe, settings=settings))  # type: ignore[arg-type]
+            results = []
+            for result in encode(ready, traced, out, recipe, settings=settings):  # type: ignore[arg-type]
+                results.append(result)
+                traced.finished.append(time.perf_counter())
             whole = time.perf_counter() - started
             assert all(row.status == "done" for row, _ in results), results
             meter = sum((result.meter for _, result in results), Meter())
@@ -136,7 +157,7 @@ def measure(kind: str, count: int, config: Config, threads: int, repeats: int) -
                     "reading alone, tiles/s": reading,
                     "end to end ÷ encoder alone": meter.tiles / whole / alone,
                     "of the slower part": meter.tiles / whole / min(alone, reading),
-                    "busy": traced.busy(threads),
+                    "busy": traced.busy(),
                     "s per 1,000 native tiles": 1e3 * whole / (meter.decoded / 256**2),
                 }
             )
@@ -159,24 +180,29 @@ def show(rows: list[dict[str, Any]]) -> None:
         print(" | ".join(f"{one[n]:.3g}" if isinstance(one[n], float) else str(one[n]) for n in names), flush=True)
 
 
-def draw(traced: Traced, path: Path) -> None:
-    """One line a tenth of the run: dark where the encoder works, light where it waits."""
-    from PIL import Image
-
-    first, last = traced.spans[0][0], traced.spans[-1][1]
-    lines, width, height = 10, 1000, 24
-    picture = np.full((lines * (height + 6), width, 3), 255, np.uint8)
-    scale = lines * width / (last - first)
-    picture.reshape(lines, height + 6, width, 3)[:, :height] = (240, 160, 60)
-    flat = np.zeros(lines * width, bool)
-    for begin, end, _ in traced.spans:
-        flat[round((begin - first) * scale) : max(round((end - first) * scale), round((begin - first) * scale) + 1)] = (
-            True
+def draw(traced: Traced, path: Path, words: str) -> None:
+    """How busy the encoder was all along, and batch by batch in the first seconds; dotted: a slide is finished."""
+    first, last = traced.limits
+    lanes = sorted({span.lane for span in traced.spans})
+    figure, (above, below) = pyplot.subplots(2, 1, figsize=(10, 4), height_ratios=(2, 1), layout="constrained")
+    edges = np.linspace(0, last - first, max(2, round(last - first) + 1))
+    shares = [share_of(traced.spans, low, high, first) / len(lanes) for low, high in pairwise(edges)]
+    above.stairs(shares, edges, fill=True, color="tab:blue")
+    above.set(xlim=(0, last - first), ylim=(0, 1.05), ylabel="encoder busy", title=words)
+    for span in traced.spans:
+        below.barh(
+            lanes.index(span.lane), span.end - span.begin, left=span.begin - first, color="tab:blue", edgecolor="w"
         )
-    for line in range(lines):
-        part = picture[line * (height + 6) : line * (height + 6) + height]
-        part[:, flat[line * width : (line + 1) * width]] = (40, 80, 140)
-    Image.fromarray(picture).save(path)
+    below.set(xlim=(0, min(ZOOM_S, last - first)), yticks=range(len(lanes)), xlabel="seconds", ylabel="batches of lane")
+    for axis in (above, below):
+        for moment in traced.finished:
+            axis.axvline(moment - first, color="tab:orange", linewidth=0.6, linestyle=":")
+    figure.savefig(path, dpi=90)
+
+
+def share_of(spans: list[Span], low: float, high: float, zero: float) -> float:
+    inside = (min(span.end - zero, high) - max(span.begin - zero, low) for span in spans)
+    return sum(max(0.0, part) for part in inside) / (high - low)
 
 
 def main() -> None:
@@ -206,7 +232,7 @@ def main() -> None:
     OUT.mkdir(exist_ok=True)
     (OUT / "end_to_end.json").write_text(json.dumps(rows, indent=1))
     if wanted.trace:
-        draw(traced, wanted.trace)
+        draw(traced, wanted.trace, f"{rows[-1]['slides']}, {rows[-1]['encoder']}: busy {traced.busy():.1%}")
 
 
 if __name__ == "__main__":
