@@ -4,16 +4,20 @@
 
 Each peer has a virtual environment of its own, made here with uv at the first run, with our torch; one that cannot be
 had is left out, and it is said why. Then a round, `--repeats` times, is for each in turn: its encoder alone, its whole
-line, its encoder alone again; the turn moves on by one with every round. All of it on the CPU, resnet50 in fp32 with
-one file of random weights, 256-px tiles at 0.5 µm/px on one level. Peers: batches of 64, one process that loads tiles,
-else their defaults (what had to be set is in peer_drivers/). We: our defaults, so the batch is found by trying; the row
-`slidestream, fp32` is the one to compare. The other is our default precision, bf16 where the CPU has it, and no peer's.
+line, its encoder alone again (the encoders of peers in the first round only); the turn moves on by one with every
+round. All of it on the CPU, resnet50 in fp32 with one file of random weights, 256-px tiles at 0.5 µm/px on one level.
+Peers: batches of 64, one process that loads tiles, else their defaults (what had to be set is in peer_drivers/). We: our
+defaults; the row `slidestream, fp32` is the one to compare. The other is our default precision, bf16 where the CPU has
+it, and no peer's.
 
 Ratio: tiles/s of the whole command ÷ tiles/s of its encoder alone; 1 = only the encoder costs. On a busy machine
 compare CPU ms/tile. LazySlide's encoder gets 224 px: 23 % fewer pixels. Each finds other tiles at the border of tissue.
-Our encoder alone keeps freed memory, as our workers do; the peers' do not. Memory is that of all processes together (a
-shared page counts once), seen twice a second. Then tissue and tiles only, in-process, per slide: medians of `--rounds`,
-ours for three levels, theirs for one. Writes benchmarks/out/peers_<slides>.json, over what an earlier run wrote there.
+Our encoder alone keeps freed memory and has a batch for each core, as in our workers. Memory is that of all processes
+together (a shared page counts once), seen twice a second.
+
+Then in-process: tissue and tiles only, per slide, medians of `--rounds`, ours for three levels, theirs for one; and
+reading only, by one process and one thread, 256-px tiles in memory as uint8. Writes benchmarks/out/peers_<slides>.json,
+over what an earlier run wrote there.
 """
 
 import argparse
@@ -84,7 +88,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--slides", choices=SIDES, default="medium")
     parser.add_argument("--count", type=int, help="slides [default: 6 biopsies, one of the others]")
-    parser.add_argument("--repeats", type=int, default=1, help="0: tissue and tiles only")
+    parser.add_argument("--repeats", type=int, default=1, help="0: tissue and tiles, and reading, only")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--only", nargs="+", choices=[peer.name for peer in PEERS], metavar="PEER")
     parser.add_argument("--environments", type=Path, default=OUT / "peers")
@@ -95,18 +99,20 @@ def main() -> None:
     print(f"{len(slides)} slides: {slides[0].parent}   {machine()}", flush=True)
     with tempfile.TemporaryDirectory(dir=OUT) as folder:
         runs = [
-            {"peer": peer.name} | line(peer, python, slides, weights, Path(folder) / f"{peer.name} {turn}")
+            {"peer": peer.name} | line(peer, python, slides, weights, Path(folder) / f"{peer.name} {turn}", turn == 0)
             for turn in range(wanted.repeats)
             for peer, python in rotated(list(pythons.items()), turn)
         ]
         segmented = [segment(peer, python, slides, wanted.rounds, Path(folder)) for peer, python in pythons.items()]
+        fed = [feed(peer, python, slides, wanted.rounds, Path(folder)) for peer, python in pythons.items()]
     lines = [summary(peer.name, [run for run in runs if run["peer"] == peer.name]) for peer in pythons]
     show([row for row in lines if row])
     show([row for row in segmented if row])
+    show([row for row in fed if row])
     report = {"slides": [path.name for path in slides], "machine": machine(), "runs": runs, "lines": lines}
     versions = {peer.name: installed(python) for peer, python in pythons.items()}
     place = OUT / f"peers_{wanted.slides}.json"
-    place.write_text(json.dumps(report | {"segment": segmented, "versions": versions}, indent=1) + "\n")
+    place.write_text(json.dumps(report | {"segment": segmented, "feed": fed, "versions": versions}, indent=1) + "\n")
 
 
 def wanted_slides(kind: str, count: int) -> list[Path]:
@@ -234,7 +240,9 @@ def driver(peer: Peer, python: Path, what: str, *arguments: str | Path) -> list[
     return [python, HERE / "peer_drivers" / f"drive_{peer.driver}.py", what, *arguments]
 
 
-def line(peer: Peer, python: Path, slides: list[Path], weights: Path, folder: Path) -> dict[str, Any]:
+def line(
+    peer: Peer, python: Path, slides: list[Path], weights: Path, folder: Path, first_round: bool
+) -> dict[str, Any]:
     """One peer in one round: the encoder alone, the whole line, the encoder alone. `failed` says why where it did."""
     alone = driver(peer, python, "encoder", "--weights", weights, "--precision", peer.precision)
     alone += ["--repeats", str(BATCHES)]
@@ -245,18 +253,20 @@ def line(peer: Peer, python: Path, slides: list[Path], weights: Path, folder: Pa
         tiles = ("--tile-px", "256", "--mpp", "0.5", "--levels", "1")
         encoder = ("-e", "resnet50", "--weights", weights, "--precision", peer.precision)
         whole = [OURS / "slidestream", "run", slides[0].parent, "-o", out, *encoder, *tiles]
+    also_alone, sides = first_round or not peer.packages, []
     try:
-        before = json.loads(measured(alone, folder / "before")[1])
+        if also_alone:
+            sides.append(json.loads(measured(alone, folder / "before")[1]))
         cost, printed = measured(whole, folder / "whole")
-        after = json.loads(measured(alone, folder / "after")[1])
+        if also_alone:
+            sides.append(json.loads(measured(alone, folder / "after")[1]))
     except Failure as failure:
         print(f"{peer.name}: {failure}", flush=True)
         return {"failed": str(failure)}
     result = json.loads(printed) if peer.packages else {"tiles": stored(out / "slides.csv"), "stages": {}}
     shutil.rmtree(folder)
     print(f"{peer.name}: {result['tiles']} tiles in {cost.wall:.1f} s", flush=True)
-    alones = {key: (before[key] + after[key]) / 2 for key in ("tiles_s", "cpu_ms")}
-    return {**asdict(cost), **result, "alone": alones, "before": before, "after": after}
+    return {**asdict(cost), **result, "alone": sides}
 
 
 def stored(table: Path) -> int:
@@ -270,14 +280,9 @@ def stored(table: Path) -> int:
 
 
 def segment(peer: Peer, python: Path, slides: list[Path], rounds: int, folder: Path) -> dict[str, Any] | None:
-    """Tissue and tiles only; our two rows do the same here."""
-    if not peer.packages and peer.precision != "auto":
-        return None
-    try:
-        command = driver(peer, python, "segment", "--repeats", str(rounds), *slides)
-        result = json.loads(measured(command, folder / f"segment {peer.name}")[1])
-    except Failure as failure:
-        print(f"{peer.name}: {failure}", flush=True)
+    """Tissue and tiles only."""
+    result = job(peer, python, "segment", slides, rounds, folder)
+    if result is None:
         return None
     stages = result["stages"]
     reading = stages["reading"]["wall"] / stages["all"]["wall"] if "reading" in stages else None
@@ -291,6 +296,28 @@ def segment(peer: Peer, python: Path, slides: list[Path], rounds: int, folder: P
     }
 
 
+def feed(peer: Peer, python: Path, slides: list[Path], rounds: int, folder: Path) -> dict[str, Any] | None:
+    """Reading the tiles only."""
+    result = job(peer, python, "feed", slides, rounds, folder)
+    if result is None:
+        return None
+    names = {"tiles": "tiles", "tiles/s": "tiles_s", "CPU s per 1,000": "cpu_s_per_1000"}
+    return {"reading": peer.name} | {name: result[key] for name, key in names.items()}
+
+
+def job(peer: Peer, python: Path, what: str, slides: list[Path], rounds: int, folder: Path) -> dict[str, Any] | None:
+    """What a driver prints of one job; None where it fails, and for our second row, which would do the same here."""
+    if not peer.packages and peer.precision != "auto":
+        return None
+    try:
+        command = driver(peer, python, what, "--repeats", str(rounds), *slides)
+        result: dict[str, Any] = json.loads(measured(command, folder / f"{what} {peer.name}")[1])
+    except Failure as failure:
+        print(f"{peer.name}: {what}: {failure}", flush=True)
+        return None
+    return result
+
+
 # Tables
 
 
@@ -300,16 +327,18 @@ def summary(name: str, runs: list[dict[str, Any]]) -> dict[str, Any] | None:
     if not good:
         return None
     speeds = [run["tiles"] / run["wall"] for run in good]
+    sides = [side for run in good for side in run["alone"]]
+    alone_speed = median(side["tiles_s"] for side in sides)
     return {
         "whole command": name,
         "tiles": good[0]["tiles"],
         "wall s": median(run["wall"] for run in good),
         "CPU s": median(run["cpu"] for run in good),
         "tiles/s": median(speeds),
-        "encoder alone, tiles/s": median(run["alone"]["tiles_s"] for run in good),
-        "ratio": median(speed / run["alone"]["tiles_s"] for speed, run in zip(speeds, good, strict=True)),
+        "encoder alone, tiles/s": alone_speed,
+        "ratio": median(speeds) / alone_speed,
         "CPU ms/tile": median(1000 * run["cpu"] / run["tiles"] for run in good),
-        "encoder alone, CPU ms": median(run["alone"]["cpu_ms"] for run in good),
+        "encoder alone, CPU ms": median(side["cpu_ms"] for side in sides),
         "peak MB": median(run["peak_mb"] for run in good),
     }
 

@@ -63,5 +63,16 @@ def segment(job: driving.Job, slide: Path) -> int:
         wsi.close()
 
 
+def feed(slide: Path) -> Callable[[], int]:
+    wsi = opened(slide, store=None)
+    tiled(wsi)
+
+    def read() -> int:
+        dataset = wsi.ds.tile_images()
+        return sum(dataset[i]["image"].shape[-3:-1] == (driving.TILE_PX,) * 2 for i in range(len(dataset)))
+
+    return read
+
+
 if __name__ == "__main__":
-    driving.main(features, encoder, segment)
+    driving.main(features, encoder, segment, feed)

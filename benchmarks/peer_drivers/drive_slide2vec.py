@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import driving  # first: its clock takes the imports below
 import timm
@@ -15,7 +16,10 @@ from slide2vec import (
     TorchTileEncoder,
     register_encoder,
 )
+from slide2vec.data.dataset import TileIndexDataset
+from slide2vec.data.tile_reader import OnTheFlyBatchTileCollator
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from torch.utils.data import DataLoader
 
 NAME = "resnet50-of-the-benchmark"
 TILING = TilingConfig(
@@ -80,16 +84,36 @@ def encoder(job: driving.Job) -> Callable[[], object]:
     return encode
 
 
-def segment(job: driving.Job, slide: Path) -> int:
-    result = tile_slide(
+def tiled(slide: Path) -> Any:
+    return tile_slide(
         SlideSpec(sample_id=slide.stem, image_path=slide),
         tiling=TILING,
         segmentation=TISSUE,
         filtering=FilterConfig(ref_tile_size=driving.TILE_PX),  # as slide2vec sets it
         masks=DEFAULT_MASK_SAMPLING,
     )
-    return result.num_tiles
+
+
+def segment(job: driving.Job, slide: Path) -> int:
+    return tiled(slide).num_tiles
+
+
+def feed(slide: Path) -> Callable[[], int]:
+    """As its embedding loop reads: the default reader, cuCIM, and its super tiles, by one thread."""
+    result = tiled(slide)
+
+    def read() -> int:
+        collate = OnTheFlyBatchTileCollator(image_path=slide, tiling_result=result, num_cucim_workers=1)
+        order, count = collate.ordered_indices, 0
+        loader = DataLoader(TileIndexDataset(order), collate_fn=collate, batch_size=driving.BATCH)
+        for _, tiles, _ in loader:
+            assert tiles.dtype == torch.uint8
+            assert tiles.shape[1:] == (3, driving.TILE_PX, driving.TILE_PX)
+            count += len(tiles)
+        return count
+
+    return read
 
 
 if __name__ == "__main__":
-    driving.main(features, encoder, segment)
+    driving.main(features, encoder, segment, feed)

@@ -49,9 +49,18 @@ def encoder(job: driving.Job) -> Callable[[], object]:
     return lambda: model.infer_batch(model, tiles, device="cpu")
 
 
+def tiled(slide: Path) -> WSIPatchDataset:
+    return WSIPatchDataset(slide, patch_input_shape=SHAPE, stride_shape=SHAPE, resolution=driving.MPP, units="mpp")
+
+
 def segment(job: driving.Job, slide: Path) -> int:
-    return len(WSIPatchDataset(slide, patch_input_shape=SHAPE, stride_shape=SHAPE, resolution=driving.MPP, units="mpp"))
+    return len(tiled(slide))
+
+
+def feed(slide: Path) -> Callable[[], int]:
+    dataset = tiled(slide)
+    return lambda: sum(dataset[i]["image"].shape[:2] == SHAPE for i in range(len(dataset)))
 
 
 if __name__ == "__main__":
-    driving.main(features, encoder, segment)
+    driving.main(features, encoder, segment, feed)

@@ -3,6 +3,7 @@
     python drive_PEER.py features --weights FILE --out FOLDER SLIDE...    the peer's own line, slides to stored features
     python drive_PEER.py encoder --weights FILE                           its encoder on tiles that lie in memory
     python drive_PEER.py segment SLIDE...                                 tissue and tiles only, repeated
+    python drive_PEER.py feed SLIDE...                                    reading the tiles as uint8, with no encoder
 
 A driver runs in the environment of its peer: nothing here may import more than the standard library, and no driver may
 be called what its peer is called, as it stands first in the search path.
@@ -50,6 +51,7 @@ class Job:
 Features = Callable[[Job], int]  # writes the features of all slides; returns the number of tiles
 Encode = Callable[[], object]  # one batch
 Segment = Callable[[Job, Path], int]  # returns the number of tiles of one slide
+Feed = Callable[[Path], Callable[[], int]]  # finds the tiles of one slide; what is returned reads and counts them
 
 
 def cpu_seconds() -> float:
@@ -58,11 +60,11 @@ def cpu_seconds() -> float:
     return own.ru_utime + own.ru_stime + children.ru_utime + children.ru_stime
 
 
-def main(features: Features | None, encoder: Callable[[Job], Encode], segment: Segment) -> None:
+def main(features: Features | None, encoder: Callable[[Job], Encode], segment: Segment, feed: Feed) -> None:
     """`encoder(job)` gives the call that encodes one batch as the peer does it."""
     imports = {"wall": time.perf_counter() - STARTED, "cpu": cpu_seconds()}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["features", "encoder", "segment"])
+    parser.add_argument("what", choices=["features", "encoder", "segment", "feed"])
     parser.add_argument("slides", nargs="*", type=Path)
     parser.add_argument("--weights", type=Path)
     parser.add_argument("--out", type=Path)
@@ -74,6 +76,8 @@ def main(features: Features | None, encoder: Callable[[Job], Encode], segment: S
         result = time_encoder(encoder(job), job.repeats)
     elif what == "segment":
         result = time_segment(segment, job)
+    elif what == "feed":
+        result = time_feed([feed(slide) for slide in job.slides], job.repeats)
     else:
         assert features is not None
         result = {"tiles": features(job)}
@@ -100,3 +104,14 @@ def time_segment(segment: Segment, job: Job) -> dict[str, float]:
         rounds.append((time.perf_counter() - wall, cpu_seconds() - cpu))
     wall, cpu = (median(spent) / len(job.slides) for spent in zip(*rounds, strict=True))
     return {"tiles": tiles, "wall": wall, "cpu": cpu}
+
+
+def time_feed(readers: list[Callable[[], int]], repeats: int) -> dict[str, float]:
+    """By one process and one thread; medians over the rounds after a first one, each over all slides."""
+    tiles, rounds = sum(read() for read in readers), []
+    for _ in range(repeats):
+        wall, cpu = time.perf_counter(), cpu_seconds()
+        tiles = sum(read() for read in readers)
+        rounds.append((time.perf_counter() - wall, cpu_seconds() - cpu))
+    wall, cpu = (median(spent) for spent in zip(*rounds, strict=True))
+    return {"tiles": tiles, "tiles_s": tiles / wall, "cpu_s_per_1000": 1000 * cpu / tiles}

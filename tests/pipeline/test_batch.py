@@ -134,6 +134,21 @@ def test_a_scheduler_that_is_there_gives_the_same_bytes(tmp_path, counting):
     assert arrays(tmp_path / "local") == arrays(tmp_path / "remote")
 
 
+@pytest.mark.slow
+def test_features_of_a_network_are_the_same_bytes_with_one_worker_or_two(tmp_path, monkeypatch):
+    """In another company, another order, another number of batches at a time."""
+    make_folder(tmp_path / "slides", 3, 900)
+    network = {"encoder": "timm/resnet18", "weights": "random", "tile_px": 96, "levels": 2}
+    for workers, cores in ((1, 1), (1, 3), (2, 2)):
+        monkeypatch.setattr("pipeline.cluster.CPU_COUNT", cores)
+        report = run(tmp_path / "slides", tmp_path / f"{workers} {cores}", workers=workers, **network)
+        assert report.counts == {"done": 3}
+    want = arrays(tmp_path / "1 1")
+    assert sum("features" in name for name in want) >= 6
+    assert arrays(tmp_path / "1 3") == want
+    assert arrays(tmp_path / "2 2") == want
+
+
 def test_no_scheduler_there(tmp_path, counting):
     from pipeline.errors import UsageError
 
