@@ -30,7 +30,7 @@ from dask.system import CPU_COUNT
 from matplotlib import pyplot
 from slides import SIDES, cohort
 
-from extractors import Encoder, Pending
+from extractors import PRECISIONS, Encoder, Pending
 from pipeline.config import Config, make_config
 from pipeline.encode import Settings
 from pipeline.lanes import Lanes
@@ -102,15 +102,15 @@ def tiles_of(files: list[SlideFile], out: Path, limit: int | None = None) -> Ite
                             return
 
 
-def encoder_alone(encoder: Encoder, tiles: np.ndarray, batch: int, threads: int) -> float:
-    """Tiles a second, on tiles in memory, in batches and lanes as the run had them."""
+def encoder_alone(encoder: Encoder, tiles: np.ndarray, batch: int, threads: int) -> tuple[float, float]:
+    """Tiles a second and CPU ms a tile, on tiles in memory, in batches and lanes as the run had them."""
     tiles = tiles[: len(tiles) // batch * batch] if len(tiles) > batch else tiles
     batches = [torch.from_numpy(tiles[at : at + batch]) for at in range(0, len(tiles), batch)]
     with Lanes(encoder, "cpu", threads) as lanes:
-        started = time.perf_counter()
+        started, cpu = time.perf_counter(), time.process_time()
         for pending in [lanes.start(one) for one in batches]:
             pending.result()
-        return len(tiles) / (time.perf_counter() - started)
+        return len(tiles) / (time.perf_counter() - started), 1e3 * (time.process_time() - cpu) / len(tiles)
 
 
 def reading_alone(files: list[SlideFile], out: Path, threads: int) -> float:
@@ -139,16 +139,16 @@ def measure(kind: str, count: int, config: Config, threads: int, repeats: int) -
         for turn in range(repeats):
             out = Path(folder) / str(turn)
             ready = prepared(files, recipe, out)
-            traced, started = Traced(encoder), time.perf_counter()
+            traced, started, cpu = Traced(encoder), time.perf_counter(), time.process_time()
             results = []
             for result in encode(ready, traced, out, recipe, settings=settings):  # type: ignore[arg-type]
                 results.append(result)
                 traced.finished.append(time.perf_counter())
-            whole = time.perf_counter() - started
+            whole, cpu = time.perf_counter() - started, time.process_time() - cpu
             assert all(row.status == "done" for row, _ in results), results
             meter = sum((result.meter for _, result in results), Meter())
             batch = results[-1][1].batch_size
-            alone = encoder_alone(encoder, memory, batch, threads)
+            alone, alone_cpu = encoder_alone(encoder, memory, batch, threads)
             reading = reading_alone([file for file, _ in ready], out, threads)
             runs.append(
                 {
@@ -158,6 +158,8 @@ def measure(kind: str, count: int, config: Config, threads: int, repeats: int) -
                     "end to end ÷ encoder alone": meter.tiles / whole / alone,
                     "of the slower part": meter.tiles / whole / min(alone, reading),
                     "busy": traced.busy(),
+                    "CPU ms/tile": 1e3 * cpu / meter.tiles,
+                    "CPU ÷ encoder alone": 1e3 * cpu / meter.tiles / alone_cpu,
                     "s per 1,000 native tiles": 1e3 * whole / (meter.decoded / 256**2),
                 }
             )
@@ -211,6 +213,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=20, help="biopsies")
     parser.add_argument("--encoders", nargs="+", default=["resnet50", "lab_lbp"])
     parser.add_argument("--levels", nargs="+", type=int, default=[1, 3])
+    parser.add_argument("--precision", choices=PRECISIONS, default="auto")
     parser.add_argument("--threads", type=int, default=CPU_COUNT)
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--trace", type=Path, help="a PNG of the last run")
@@ -222,7 +225,7 @@ def main() -> None:
         for kind in wanted.kinds:
             for levels in wanted.levels:
                 weights = None if name == "lab_lbp" else "random"
-                config = make_config(encoder=name, weights=weights, levels=levels)
+                config = make_config(encoder=name, weights=weights, levels=levels, precision=wanted.precision)
                 count = wanted.count if kind == "biopsies" else 1
                 row, traced = measure(kind, count, config, wanted.threads, wanted.repeats)
                 show([row])

@@ -6,9 +6,9 @@ Each peer has a virtual environment of its own, made here with uv at the first r
 had is left out, and it is said why. Then a round, `--repeats` times, is for each in turn: its encoder alone, its whole
 line, its encoder alone again (the encoders of peers in the first round only); the turn moves on by one with every
 round. All of it on the CPU, resnet50 in fp32 with one file of random weights, 256-px tiles at 0.5 µm/px on one level.
-Peers: batches of 64, one process that loads tiles, else their defaults (what had to be set is in peer_drivers/). We: our
-defaults; the row `slidestream, fp32` is the one to compare. The other is our default precision, bf16 where the CPU has
-it, and no peer's.
+Peers: batches of 64, one process that loads tiles, else their defaults (what had to be set is in peer_drivers/). We:
+our defaults; the row `slidestream, fp32` is the one to compare. The other is our default precision, bf16 where the CPU
+has it, and no peer's.
 
 Ratio: tiles/s of the whole command ÷ tiles/s of its encoder alone; 1 = only the encoder costs. On a busy machine
 compare CPU ms/tile. LazySlide's encoder gets 224 px: 23 % fewer pixels. Each finds other tiles at the border of tissue.
@@ -48,6 +48,7 @@ HERE = Path(__file__).parent
 OUT = HERE / "out"
 COUNTS = {"big": 1, "medium": 1, "biopsies": 6}
 LIMIT = 3600  # seconds for one command
+MPP = 0.5
 BATCHES = 3  # of the encoder alone, after one that does not count
 OURS = Path(sys.executable).parent
 
@@ -57,10 +58,11 @@ class Peer(NamedTuple):
     packages: tuple[str, ...]  # none: our own environment
     driver: str
     precision: str = "fp32"
+    tile_px: int = 256
 
 
 PEERS = (
-    Peer("slidestream", (), "slidestream", "auto"),
+    Peer("slidestream", (), "slidestream", "auto", 224),  # its defaults
     Peer("slidestream, fp32", (), "slidestream"),
     Peer("slide2vec", ("slide2vec==7.1.4", "hs2p==6.1.0"), "slide2vec"),
     # With pandas 3 its `write` fails after all features are computed.
@@ -105,7 +107,7 @@ def main() -> None:
         ]
         segmented = [segment(peer, python, slides, wanted.rounds, Path(folder)) for peer, python in pythons.items()]
         fed = [feed(peer, python, slides, wanted.rounds, Path(folder)) for peer, python in pythons.items()]
-    lines = [summary(peer.name, [run for run in runs if run["peer"] == peer.name]) for peer in pythons]
+    lines = [summary(peer, [run for run in runs if run["peer"] == peer.name]) for peer in pythons]
     show([row for row in lines if row])
     show([row for row in segmented if row])
     show([row for row in fed if row])
@@ -245,14 +247,13 @@ def line(
 ) -> dict[str, Any]:
     """One peer in one round: the encoder alone, the whole line, the encoder alone. `failed` says why where it did."""
     alone = driver(peer, python, "encoder", "--weights", weights, "--precision", peer.precision)
-    alone += ["--repeats", str(BATCHES)]
+    alone += ["--repeats", str(BATCHES), "--tile-px", str(peer.tile_px)]
     out = folder / "out"
     if peer.packages:
         whole = driver(peer, python, "features", "--weights", weights, "--out", out, *slides)
     else:
-        tiles = ("--tile-px", "256", "--mpp", "0.5", "--levels", "1")
-        encoder = ("-e", "resnet50", "--weights", weights, "--precision", peer.precision)
-        whole = [OURS / "slidestream", "run", slides[0].parent, "-o", out, *encoder, *tiles]
+        whole = [OURS / "slidestream", "run", slides[0].parent, "-o", out, "-e", "resnet50", "--weights", weights]
+        whole += ["--levels", "1", "--precision", peer.precision, "--tile-px", str(peer.tile_px)]
     also_alone, sides = first_round or not peer.packages, []
     try:
         if also_alone:
@@ -321,7 +322,7 @@ def job(peer: Peer, python: Path, what: str, slides: list[Path], rounds: int, fo
 # Tables
 
 
-def summary(name: str, runs: list[dict[str, Any]]) -> dict[str, Any] | None:
+def summary(peer: Peer, runs: list[dict[str, Any]]) -> dict[str, Any] | None:
     """Medians over the runs that succeeded."""
     good = [run for run in runs if "failed" not in run]
     if not good:
@@ -330,11 +331,12 @@ def summary(name: str, runs: list[dict[str, Any]]) -> dict[str, Any] | None:
     sides = [side for run in good for side in run["alone"]]
     alone_speed = median(side["tiles_s"] for side in sides)
     return {
-        "whole command": name,
+        "whole command": peer.name,
         "tiles": good[0]["tiles"],
         "wall s": median(run["wall"] for run in good),
         "CPU s": median(run["cpu"] for run in good),
         "tiles/s": median(speeds),
+        "mm²/s": median(speeds) * (peer.tile_px * MPP / 1000) ** 2,
         "encoder alone, tiles/s": alone_speed,
         "ratio": median(speeds) / alone_speed,
         "CPU ms/tile": median(1000 * run["cpu"] / run["tiles"] for run in good),

@@ -25,7 +25,7 @@ CONFIG = make_config(tile_px=driving.TILE_PX, mpp=driving.MPP, levels=3)
 def encoder(job: driving.Job) -> Callable[[], object]:
     set_up_process()  # as every worker does
     network = load_encoder("resnet50", job.weights).load("cpu", job.precision)
-    shape = (driving.BATCH, driving.TILE_PX, driving.TILE_PX, 3)
+    shape = (driving.BATCH, job.tile_px, job.tile_px, 3)
     tiles = torch.from_numpy(np.random.default_rng(0).integers(0, 256, shape, np.uint8))
     lanes = Lanes(network, "cpu", CPU_COUNT)
     lanes.__enter__()  # left when the process ends

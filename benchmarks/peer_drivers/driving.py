@@ -35,6 +35,7 @@ class Job:
     weights: Path
     out: Path
     precision: str
+    tile_px: int
     repeats: int
     stages: dict[str, dict[str, float]] = field(default_factory=dict)
 
@@ -69,6 +70,7 @@ def main(features: Features | None, encoder: Callable[[Job], Encode], segment: S
     parser.add_argument("--weights", type=Path)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--precision", default="fp32")
+    parser.add_argument("--tile-px", type=int, default=TILE_PX, help="of our own encoder")
     parser.add_argument("--repeats", type=int, default=3, help="batches of the encoder, rounds over the slides")
     wanted = vars(parser.parse_intermixed_args())
     what, job = wanted.pop("what"), Job(**wanted)
