@@ -208,7 +208,7 @@ def _private(name: str, weights: str | os.PathLike[str] | None) -> Encoder:
             f"{module_name} has no function {function_name!r}." + (f" Did you mean {near[0]!r}?" if near else "")
         )
     encoder = function(weights)
-    needed = ("facts", "weights", "weights_sha256", "weights_words", "precision", "load", "encode", "start")
+    needed = ("facts", "weights", "weights_sha256", "weights_words", "parallel", "precision", "load", "encode", "start")
     # Looked for on the class as well: asking an instance for weights_sha256 would read the file.
     missing = [attribute for attribute in needed if attribute not in {*dir(type(encoder)), *dir(encoder)}]
     if missing:

@@ -128,7 +128,9 @@ class EngineConfig(Part):
     (On a GPU their last bits may depend on `batch_size`; a run that is resumed keeps the one that was found.)
     """
 
-    batch_size: int | None = Field(None, ge=1, le=8192, description="tiles a batch; by default found by trying")
+    batch_size: int | None = Field(
+        None, ge=1, le=8192, description="tiles a batch; by default 16, on a GPU found by trying"
+    )
     readers: int | None = Field(None, ge=1, le=256, description="threads that read tiles; by default found by trying")
     queue_mb: int = Field(512, ge=16, le=65536, description="MB of tiles and blocks that may wait for the encoder")
 

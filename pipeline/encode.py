@@ -70,9 +70,8 @@ class Batches:
     def __init__(self, lanes: Lanes, px: int, batch_size: int | None, on_tiles: Callable[[int], None]) -> None:
         self.px = px
         self._lanes, self._on_tiles = lanes, on_tiles
-        self.size = Doubling(batch_size or SMALLEST, batch_size or LARGEST)
-        if batch_size is None and not lanes.gpu:
-            self.size.cap(ON_CPU)
+        size = batch_size or (None if lanes.gpu else ON_CPU)
+        self.size = Doubling(size or SMALLEST, size or LARGEST)
         self._homes: list[Home] = []
         self._flying: deque[tuple[Pending, Tensor, list[Home]]] = deque()
         self._spare: list[Tensor] = []

@@ -46,6 +46,18 @@ def tiles_of(slide: Slide, tree: QuadTree, wanted: np.ndarray | None = None) -> 
     return found
 
 
+@pytest.mark.parametrize(("mpp", "tile_px"), [(0.25, 37), (0.5, 37), (0.5, 64), (0.75, 37), (0.34, 37)])
+def test_pixels_do_not_depend_on_which_levels_are_encoded(files, mpp, tile_px):
+    """One level is averaged in whole grey levels, several in 1/256 of one: the finest tiles are the same."""
+    with open_slide(files[PRIME]) as slide:
+        deep, flat = whole_tree(slide, mpp, tile_px), whole_tree(slide, mpp, tile_px, encode_levels="finest")
+        first = deep.levels[-1].start
+        want, got = tiles_of(slide, deep), tiles_of(slide, flat)
+    assert len(got) == len(deep) - first
+    for row, pixels in got.items():
+        np.testing.assert_array_equal(pixels, want[first + row])
+
+
 def level_pixels(slide: Slide) -> list[np.ndarray]:
     """What is stored, by tifffile alone."""
     with tifffile.TiffFile(slide.path) as file:
