@@ -28,6 +28,8 @@ class NetworkEncoder(Encoder):
     Everything else is strict.
     """
 
+    parallel = True
+
     def __init__(
         self,
         facts: EncoderFacts,
@@ -56,10 +58,6 @@ class NetworkEncoder(Encoder):
         return RANDOM if self.weights == RANDOM else sha256(self._weights_file)
 
     @property
-    def parallel(self) -> bool:  # type: ignore[override]
-        return self._optimised is None  # torch.compile has threads of its own
-
-    @property
     def weights_words(self) -> str:
         if self.weights == RANDOM:
             return "RANDOM weights: for benchmarks only"
@@ -73,6 +71,7 @@ class NetworkEncoder(Encoder):
         self._network.to(target)
         self._device, self._constants = target, self._normalisation(target)
         self._run = self._compiled() if compile else self._network
+        self.parallel = not compile  # what torch.compile makes has threads of its own
         return self
 
     def _compiled(self) -> Callable[[Tensor], Tensor]:
