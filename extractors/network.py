@@ -10,6 +10,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, Self
 
 from . import PRECISIONS, RANDOM, Encoder, EncoderError, EncoderFacts, Pending
+from .folding import fold_batch_norms
 
 if TYPE_CHECKING:
     import numpy as np
@@ -25,7 +26,7 @@ class NetworkEncoder(Encoder):
     """`make()` builds the network; its weights are `facts.source`, or what the user gave.
 
     `drop` names the beginnings of keys which a checkpoint may hold and this encoder leaves out (a classifier, say).
-    Everything else is strict.
+    Everything else is strict. fold: batch norms go into convolutions (folding.py); torch.fx can trace the network.
     """
 
     parallel = True
@@ -36,9 +37,10 @@ class NetworkEncoder(Encoder):
         make: Callable[[], nn.Module],
         weights: str | os.PathLike[str] | None = None,
         drop: tuple[str, ...] = (),
+        fold: bool = False,
     ) -> None:
         super().__init__(facts, weights)
-        self.make, self.drop = make, drop
+        self.make, self.drop, self.fold = make, drop, fold
         self._network: nn.Module | None = None
         self._optimised: Callable[[Tensor], Tensor] | None = None
         self._layout: torch.memory_format | None = None
@@ -67,7 +69,8 @@ class NetworkEncoder(Encoder):
         target = _usable(device)
         self.precision = _precision(target, precision)
         if self._network is None:
-            self._network = self._build().eval().requires_grad_(False)
+            network = self._build().eval().requires_grad_(False)
+            self._network = fold_batch_norms(network) if self.fold else network
         self._network.to(target)
         self._device, self._constants = target, self._normalisation(target)
         self._run = self._compiled() if compile else self._network

@@ -22,4 +22,4 @@ FACTS = EncoderFacts(
 
 
 def build(variant: str, weights: str | os.PathLike[str] | None = None) -> NetworkEncoder:
-    return timm_encoder(FACTS, "resnet50", weights, drop=("fc.",))
+    return timm_encoder(FACTS, "resnet50", weights, drop=("fc.",), fold=True)

@@ -33,4 +33,4 @@ def cut_resnet50() -> nn.Module:
 
 
 def build(variant: str, weights: str | os.PathLike[str] | None = None) -> NetworkEncoder:
-    return NetworkEncoder(FACTS, cut_resnet50, weights, drop=("layer4.", "fc."))
+    return NetworkEncoder(FACTS, cut_resnet50, weights, drop=("layer4.", "fc."), fold=True)

@@ -22,10 +22,11 @@ def timm_encoder(
     architecture: str,
     weights: str | os.PathLike[str] | None,
     drop: tuple[str, ...] = (),
+    fold: bool = False,
     **options: Any,
 ) -> NetworkEncoder:
     """An encoder whose network is `timm.create_model(architecture, **options)` without its classifier."""
-    return NetworkEncoder(facts, partial(timm_network, architecture, **options), weights, drop)
+    return NetworkEncoder(facts, partial(timm_network, architecture, **options), weights, drop, fold)
 
 
 def timm_network(architecture: str, **options: Any) -> nn.Module:
@@ -43,7 +44,8 @@ def build(variant: str, weights: str | os.PathLike[str] | None = None) -> Networ
     facts = _facts(variant, config.to_dict() if config else {})
     classifier = (config.classifier if config else None) or ()
     names = (classifier,) if isinstance(classifier, str) else tuple(classifier)
-    return timm_encoder(facts, variant, weights, drop=tuple(f"{name}." for name in names))
+    fold = timm.models.is_model_in_modules(variant, ["resnet"])  # the others normalise with layers of timm's own
+    return timm_encoder(facts, variant, weights, drop=tuple(f"{name}." for name in names), fold=fold)
 
 
 def _check_known(variant: str) -> None:
