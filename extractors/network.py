@@ -6,6 +6,7 @@ import logging
 import os
 import threading
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Self
 
@@ -103,7 +104,8 @@ class NetworkEncoder(Encoder):
             from .weights import fit, read_state
 
             state, notes = read_state(self._weights_file)  # before the network is made: it fails in a second
-            network = self.make()
+            with _undrawn_parameters():
+                network = self.make()
         state, more = fit(state, network.state_dict(), self.drop, self._weights_file)
         network.load_state_dict(state, strict=True)
         self.notes = (*notes, *more)
@@ -183,6 +185,25 @@ class NetworkEncoder(Encoder):
                 assert self._network is not None
                 self._network.to(memory_format=layout)
                 self._layout = layout
+
+
+def _undrawn_parameters() -> AbstractContextManager[object]:
+    """Parameters made in here keep whatever their memory held: to draw numbers for them takes seconds for a large
+    network, and the strict loading that follows replaces them all."""
+    from torch import nn
+    from torch.overrides import TorchFunctionMode
+
+    draws = {"uniform_", "normal_", "trunc_normal_", "erfinv_", "kaiming_uniform_", "kaiming_normal_"}
+
+    class Undrawn(TorchFunctionMode):
+        def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            kwargs = kwargs or {}
+            target = args[0] if args else kwargs.get("tensor")
+            if getattr(function, "__name__", "") in draws and isinstance(target, nn.Parameter):
+                return target
+            return function(*args, **kwargs)
+
+    return Undrawn()
 
 
 class _OnGpu(Pending):

@@ -4,7 +4,7 @@ import numpy as np
 
 from extractors import Encoder
 
-TILES = 4
+TILES = 2
 
 
 def cosine_to_fp32(encoder: Encoder, device: str, tile_px: int, compile: bool = False) -> float:

@@ -14,6 +14,7 @@ import typer
 
 from .config import Config, EncodeConfig, TileConfig, TissueConfig, make_config, read_toml
 from .errors import RunStopped, UsageError
+from .worker import importing
 
 app = typer.Typer(
     name="slidestream",
@@ -126,7 +127,8 @@ def run(
     slidestream run 'slides/**/*.svs' -o out/ -e uni --mpp-csv mpp.csv
     slidestream run slides/ -o out/ --config recipe.toml --workers 8
     """
-    from .batch import run as run_batch
+    with importing():
+        from .batch import run as run_batch
 
     values = (read_toml(config) if config else {}) | (settings or {}) | ({"preset": preset} if preset else {})
     options = _run_options(values, workers=workers, scheduler=scheduler, mpp_csv=mpp_csv)

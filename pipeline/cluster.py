@@ -44,7 +44,7 @@ from .lock import require_current
 from .meter import Meter
 from .outcome import Outcome, failed
 from .stages import Recipe, SlideFile, encode, open_encoder, prepare
-from .worker import set_up_process
+from .worker import importing, set_up_process
 
 # What keeps Dask from waiting for ever, or from blaming innocents, when a worker dies.
 DASK = {
@@ -84,7 +84,7 @@ class Job:
 
 def _load_task(config: Config) -> None:
     try:
-        _worker_encoder(config, _device(get_worker().name))
+        _device_and_encoder(config)
     except EncoderError as error:
         raise UsageError(str(error)) from error
 
@@ -99,8 +99,7 @@ def _encode_task(slides: str, topic: str, job: Job) -> None:
     worker, config = get_worker(), job.recipe.config
     secede()  # prepares slides meanwhile
     set_up_process()
-    device = _device(worker.name)
-    encoder = _worker_encoder(config, device)
+    device, encoder = _device_and_encoder(config)
     live = _Live(worker, topic, slides)
 
     def on_tiles(count: int, so_far: Meter) -> None:
@@ -143,6 +142,12 @@ class _Live:
         if time.monotonic() - self._told > 0.2:
             self._worker.log_event(self._topic, {"tiles": self._count, "slot": self._slot, "so_far": asdict(so_far)})
             self._count, self._told = 0, time.monotonic()
+
+
+def _device_and_encoder(config: Config) -> tuple[str, Encoder]:
+    with importing():
+        device = _device(get_worker().name)
+        return device, _worker_encoder(config, device)
 
 
 @lru_cache(maxsize=1)
@@ -419,6 +424,7 @@ def _local_cluster(workers: int) -> SpecCluster:
     environment = {
         "SLIDESTREAM_THREADS": str(threads),
         "PYTHONDONTWRITEBYTECODE": "",
+        "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",  # large pages for what an encoder allocates: 1.5 % on a CPU
         "OMP_WAIT_POLICY": "PASSIVE",  # threads of an encoder that wait for each other leave the core to readers
     }
 

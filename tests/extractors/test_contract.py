@@ -4,10 +4,12 @@ import json
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from extractors import Encoder, EncoderError, EncoderFacts, list_encoders, load_encoder
 
@@ -158,6 +160,29 @@ def test_random_weights_are_the_same_in_each_process_and_disturb_nobody() -> Non
     assert runs == {f"{here} {drawn}\n"}
     assert encoder.weights_sha256 == "random"
     assert encoder.weights_words == "RANDOM weights: for benchmarks only"
+
+
+@pytest.mark.parametrize("name", ["resnet50_trunc", "timm/resnet18", "timm/vit_tiny_patch16_224"])
+def test_numbers_are_drawn_only_where_they_stay(name: str, tmp_path: Path) -> None:
+    """To draw the first weights of a large network takes seconds, and those of a file replace them all."""
+
+    def draws(encoder: Encoder) -> bool:
+        states = []
+        make = encoder.make  # type: ignore[attr-defined]
+
+        def watched() -> torch.nn.Module:
+            states.append(torch.get_rng_state())
+            network: torch.nn.Module = make()
+            states.append(torch.get_rng_state())
+            return network
+
+        encoder.make = watched  # type: ignore[attr-defined]
+        encoder.load()
+        return not torch.equal(*states)
+
+    save_file(load_encoder(name).make().state_dict(), tmp_path / "own.safetensors")  # type: ignore[attr-defined]
+    assert not draws(load_encoder(name, tmp_path / "own.safetensors"))
+    assert draws(load_encoder(name, "random"))
 
 
 def test_a_transformer_says_which_size_it_takes() -> None:
