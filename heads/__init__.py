@@ -41,10 +41,14 @@ class UnknownOption(ValueError):
     """The head has no option of this name."""
 
 
-def load_head(name: str, dim: int, classes: int, **options: Any) -> Head:
-    """A new head with random weights (torch's generator draws them: seed it first to get the same ones again)."""
+def load_head(name: str, dim: int, classes: int, preset: str | None = None, **options: Any) -> Head:
+    """A new head with random weights (torch's generator draws them: seed it first to get the same ones again).
+
+    preset: options that go by a name, "paper" where ours differ from the print; other options stand above them.
+    """
     build = _outside(name) if ":" in name else _inside(name)
     _refuse_unknown_options(name, build, options)
+    options = _preset(name, build, preset) | options
     head = build(dim, classes, **options)
     if not isinstance(head, Head):
         raise TypeError(f"{name} built a {type(head).__name__}, not a heads.Head")
@@ -78,6 +82,15 @@ def _outside(name: str) -> Callable[..., Any]:
     if not callable(build):
         raise UnknownName(f"{name!r} is a {type(build).__name__}, not a function that builds a head")
     return build
+
+
+def _preset(name: str, build: Callable[..., Any], preset: str | None) -> dict[str, Any]:
+    known: dict[str, dict[str, Any]] = getattr(build, "presets", {})
+    if preset is None:
+        return {}
+    if preset not in known:
+        raise UnknownOption(f"{name} has no preset {preset!r}{_hint(preset, known)}")
+    return known[preset]
 
 
 def _refuse_unknown_options(name: str, build: Callable[..., Any], options: dict[str, Any]) -> None:

@@ -12,30 +12,19 @@ as features, so one linear layer P (`hidden=None`: none) stands where the paper 
 sigmoid output is a linear layer with one logit per class; dropout, off by default, acts on h.
 """
 
-import torch
-from torch import Tensor, nn
+from typing import ClassVar
+
+from torch import nn
 
 from .bag import Bag, Prediction, TileScores
 from .head import Head
-
-
-class Attention(nn.Module):
-    """(N, dim) -> (N,): the raw score of each tile. V, U and w as in the paper, each with a bias."""
-
-    def __init__(self, dim: int, width: int, gated: bool) -> None:
-        super().__init__()
-        self.V = nn.Linear(dim, width)
-        self.U = nn.Linear(dim, width) if gated else None
-        self.w = nn.Linear(width, 1)
-
-    def forward(self, h: Tensor) -> Tensor:
-        t = torch.tanh(self.V(h))
-        if self.U is not None:
-            t = t * torch.sigmoid(self.U(h))
-        return self.w(t).squeeze(-1)
+from .layers import Attention
+from .recipe import Recipe
 
 
 class ABMIL(Head):
+    recipes: ClassVar = {"paper": Recipe(lr=5e-4, weight_decay=1e-4, epochs=20, patience=20, class_weights=False)}
+
     def __init__(
         self,
         dim: int,
@@ -58,7 +47,7 @@ class ABMIL(Head):
     def forward(self, bag: Bag) -> Prediction:
         self.check(bag)
         h = self.dropout(self.projection(bag.valid_features))  # (N, E)
-        raw = self.attention(h)  # (N,)
+        raw = self.attention(h)[:, 0]  # (N,)
         weight = raw.softmax(dim=0)
         z = weight @ h  # (E,)
         return Prediction(self.classifier(z), z, (TileScores.place(bag.valid, raw, weight),))

@@ -7,8 +7,8 @@
 One bag at a time: no batch axis and no padding, so nothing here has to be told apart from padding.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
 import numpy as np
@@ -233,6 +233,7 @@ class Prediction:
     embedding: Tensor  # (E,) the slide as a vector: what the classifier saw
     tiles: tuple[TileScores, ...]  # one per level of the bag
     regions: tuple[TileScores, ...] = ()
+    parts: Mapping[str, Tensor] = field(default_factory=dict)  # what the head's own loss reads
 
     @property
     def probabilities(self) -> Tensor:

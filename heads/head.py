@@ -3,11 +3,11 @@
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .bag import Bag, Prediction
+from .recipe import Recipe
+from .tasks import Classification, Task
 
 
 @dataclass(frozen=True)
@@ -21,9 +21,14 @@ class Needs:
 
 
 class Head(nn.Module):
-    """`load_head(name, head.dim, head.classes, **head.options)` makes the same head again, weights apart."""
+    """`load_head(name, head.dim, head.classes, **head.options)` makes the same head again, weights apart.
 
-    needs: ClassVar[Needs] = Needs()
+    `presets`: options by name (`load_head(name, dim, classes, preset="paper")`); `recipes`: how to train it, by name.
+    """
+
+    needs: Needs = Needs()
+    presets: ClassVar[dict[str, dict[str, Any]]] = {}
+    recipes: ClassVar[dict[str, Recipe]] = {}
 
     def __init__(self, dim: int, classes: int, **options: Any) -> None:
         super().__init__()
@@ -34,12 +39,14 @@ class Head(nn.Module):
     def forward(self, bag: Bag) -> Prediction:
         raise NotImplementedError
 
-    def loss(self, prediction: Prediction, target: int, class_weight: Tensor | None = None) -> Tensor:
-        """Cross-entropy of one bag."""
-        label = torch.as_tensor(target, device=prediction.logits.device)
-        loss = F.cross_entropy(prediction.logits, label)
-        # not cross_entropy's own `weight`: it divides by the weights of the batch, so with one bag it would do nothing
-        return loss if class_weight is None else loss * class_weight[label]
+    def loss(self, prediction: Prediction, target: Any, task: Task | None = None) -> Tensor:
+        """Of one bag, a scalar; by default the target is one class and the loss cross-entropy."""
+        return (task or self.task).loss(prediction.logits, target)
+
+    @property
+    def task(self) -> Task:
+        """What the head is asked unless told otherwise."""
+        return Classification(self.classes)
 
     def check(self, bag: Bag) -> None:
         """The first line of every `forward`: a bag this head was not made for is refused in words."""

@@ -12,8 +12,9 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,6 +22,8 @@ from torch import Tensor
 
 from .bag import Bag
 from .head import Head
+from .recipe import Lookahead, Recipe, mean_of
+from .tasks import Classification, Task
 
 Labels = Sequence[int] | np.ndarray
 
@@ -29,71 +32,119 @@ Labels = Sequence[int] | np.ndarray
 class History:
     train_loss: tuple[float, ...]  # one per epoch
     validation_loss: tuple[float, ...]  # one per epoch; empty without validation
-    best_epoch: int  # counted from 0; the head has the weights of this one
+    best_epoch: int  # counted from 0: of the weights that were kept (of their mean: the best, otherwise the last)
 
 
 def fit(
     head: Head,
     bags: Sequence[Bag],
-    targets: Labels,
+    targets: Any,
     *,
-    validation: tuple[Sequence[Bag], Labels] | None = None,
-    epochs: int = 50,
-    lr: float = 1e-4,
-    weight_decay: float = 1e-5,
-    patience: int = 10,
-    class_weights: bool = True,
+    task: Task | None = None,
+    recipe: Recipe = Recipe(),
+    validation: tuple[Sequence[Bag], Any] | None = None,
     seed: int = 0,
-    accumulation: int = 1,
     on_epoch: Callable[[int, float, float | None], None] | None = None,
+    **changes: Any,
 ) -> History:
-    """Train with Adam, one bag at a time, a step after every `accumulation` bags; ends in eval mode.
+    """Train by the recipe, one bag at a time; ends in eval mode.
 
-    With validation the weights of the epoch with the lowest validation loss are kept, and training ends after
-    `patience` epochs without a lower one; without, all epochs are run and the last weights kept.
+    task: what is asked, by default one class of each bag; targets: what its loss takes, one for each bag. changes:
+    fields of the recipe (`epochs=20`). With validation the weights of the epoch with the lowest validation loss are
+    kept, and training ends after `patience` epochs without a lower one; without, all epochs are run and the last
+    weights kept.
     `on_epoch(epoch, train_loss, validation_loss)` is for a progress bar.
     """
-    if min(epochs, patience, accumulation) < 1:
-        raise ValueError(f"epochs, patience and accumulation must be at least 1: {epochs}, {patience}, {accumulation}")
-    labels = check_labels(targets, len(bags), head.classes)
-    if len(labels.unique()) < 2:
-        raise ValueError(f"all {len(labels)} training labels are {labels[0]}: one class alone cannot be learned")
-    held_out = (
-        None if validation is None else (validation[0], check_labels(validation[1], len(validation[0]), head.classes))
-    )
+    recipe = replace(recipe, **changes)
+    task, targets = _asked(head, task, targets, len(bags), recipe)
+    held_out = None if validation is None else (validation[0], _checked(task, validation[1], len(validation[0])))
     device = next(head.parameters()).device
-    weight = inverse_frequency(labels, head.classes).to(device) if class_weights else None
-    optimizer = torch.optim.Adam(head.parameters(), lr=lr, weight_decay=weight_decay)
+    optimizer = recipe.make_optimizer(head.parameters())
+    schedule, slow = recipe.make_schedule(optimizer), Lookahead(head, recipe.lookahead)
     shuffle = torch.Generator().manual_seed(seed)
     train_loss: list[float] = []
     validation_loss: list[float] = []
-    best, best_weights = 0, {}
+    kept = _Kept(recipe)
 
     with dropout_seed(seed, device):
-        for epoch in range(epochs):
-            batches = torch.randperm(len(labels), generator=shuffle).split(accumulation)
-            train_loss.append(train_epoch(head, bags, labels, batches, optimizer, weight))
+        for epoch in range(recipe.epochs):
+            batches = torch.randperm(len(bags), generator=shuffle).split(recipe.accumulation)
+            train_loss.append(train_epoch(head, bags, targets, batches, optimizer, task, recipe.clip, slow))
+            schedule.step()
             if held_out is not None:
-                validation_loss.append(mean_loss(head, *held_out, weight))
+                validation_loss.append(mean_loss(head, *held_out, task))
             if on_epoch is not None:
                 on_epoch(epoch, train_loss[-1], validation_loss[-1] if validation_loss else None)
-            if held_out is None or epoch == 0 or validation_loss[-1] < validation_loss[best]:
-                best, best_weights = epoch, snapshot(head)
-            elif epoch - best >= patience:
+            kept.offer(epoch, head, validation_loss[-1] if validation_loss else None)
+            if validation_loss and epoch + 1 >= recipe.min_epochs and kept.stale(epoch):
                 break
 
-    head.load_state_dict(best_weights)
+    head.load_state_dict(kept.weights())
     head.eval()
-    return History(tuple(train_loss), tuple(validation_loss), best)
+    return History(tuple(train_loss), tuple(validation_loss), kept.best)
+
+
+class _Kept:
+    """The weights of the epochs that may be wanted at the end."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self._recipe = recipe
+        self._lowest, self._lowest_epoch = math.inf, 0  # of all epochs: for patience
+        self._states: list[tuple[float, int, dict[str, Tensor]]] = []  # the best first
+
+    def offer(self, epoch: int, head: Head, loss: float | None) -> None:
+        if loss is not None and loss < self._lowest:
+            self._lowest, self._lowest_epoch = loss, epoch
+        if epoch < self._recipe.keep_from:
+            return
+        by_loss = loss is not None and self._recipe.keep != "last"
+        rank = loss if loss is not None and by_loss else -float(epoch)
+        most = 5 if self._recipe.keep == "average5" else 1
+        if len(self._states) < most or rank < self._states[-1][0]:
+            self._states = sorted([*self._states, (rank, epoch, snapshot(head))], key=lambda state: state[:2])[:most]
+
+    def stale(self, epoch: int) -> bool:
+        return epoch - self._lowest_epoch >= self._recipe.patience and bool(self._states)
+
+    @property
+    def best(self) -> int:
+        return self._states[0][1]
+
+    def weights(self) -> dict[str, Tensor]:
+        return mean_of([state for _, _, state in self._states])
+
+
+def _asked(head: Head, task: Task | None, targets: Any, count: int, recipe: Recipe) -> tuple[Task, Any]:
+    """The task, and its targets, checked. Classes get weights if the recipe says so."""
+    task = task or Classification(head.classes)
+    if task.outputs != head.classes:
+        raise ValueError(f"the head has {head.classes} outputs, {type(task).__name__} needs {task.outputs}")
+    targets = _checked(task, targets, count)
+    if isinstance(task, Classification):
+        if len(targets.unique()) < 2:
+            raise ValueError(f"all {count} training labels are {targets[0]}: one class alone cannot be learned")
+        if recipe.class_weights and task.weights is None:
+            task = replace(task, weights=tuple(inverse_frequency(targets, head.classes).tolist()))
+    return task, targets
+
+
+def _checked(task: Task, targets: Any, count: int) -> Any:
+    if isinstance(task, Classification):
+        return check_labels(targets, count, task.classes)
+    if len(targets) != count or count == 0:
+        raise ValueError(f"{count} bags, but {len(targets)} targets: one for each bag, and at least one bag")
+    return targets
 
 
 def train_epoch(
     head: Head,
     bags: Sequence[Bag],
-    labels: Tensor,
+    targets: Any,
     batches: Sequence[Tensor],
     optimizer: torch.optim.Optimizer,
-    weight: Tensor | None,
+    task: Task,
+    clip: float | None,
+    slow: Lookahead,
 ) -> float:
     """The mean loss over the bags, each taken before the step it led to."""
     head.train()
@@ -101,22 +152,25 @@ def train_epoch(
     for batch in batches:
         optimizer.zero_grad()
         for i in batch.tolist():
-            loss = bag_loss(head, bags, labels, i, weight)
+            loss = bag_loss(head, bags, targets, i, task)
             (loss / len(batch)).backward()
             total += loss.item()
+        if clip is not None:
+            torch.nn.utils.clip_grad_norm_(head.parameters(), clip)
         optimizer.step()
-    return total / len(labels)
+        slow.step()
+    return total / len(bags)
 
 
 @torch.no_grad()
-def mean_loss(head: Head, bags: Sequence[Bag], labels: Tensor, weight: Tensor | None) -> float:
+def mean_loss(head: Head, bags: Sequence[Bag], targets: Any, task: Task) -> float:
     head.eval()
-    return sum(bag_loss(head, bags, labels, i, weight).item() for i in range(len(labels))) / len(labels)
+    return sum(bag_loss(head, bags, targets, i, task).item() for i in range(len(bags))) / len(bags)
 
 
-def bag_loss(head: Head, bags: Sequence[Bag], labels: Tensor, i: int, weight: Tensor | None) -> Tensor:
+def bag_loss(head: Head, bags: Sequence[Bag], targets: Any, i: int, task: Task) -> Tensor:
     bag = bags[i].to(next(head.parameters()).device)
-    loss = head.loss(head(bag), int(labels[i]), weight)
+    loss = head.loss(head(bag), targets[i], task)
     if not math.isfinite(loss.item()):
         # said before the backward step, which would spread it to every weight
         raise FloatingPointError(f"the loss is {loss.item()} at bag {i} ({bag.slide!r}); a lower lr may help")

@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from heads import Bag, load_head
-from heads.abmil import ABMIL, Attention
+from heads.abmil import ABMIL
+from heads.layers import Attention
 
 
 def parameters(module: torch.nn.Module) -> int:

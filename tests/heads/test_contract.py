@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from heads import Bag, BagLevel, Head, Prediction, list_heads, load_head
+from heads.tasks import Classification
 
 DIM, CLASSES = 11, 3
 FLAT = [name for name in list_heads() if load_head(name, DIM, CLASSES).needs.levels == 1]
@@ -16,9 +17,18 @@ VARIANTS = [
     ("abmil", {"gated": False}),
     ("abmil", {"hidden": None}),
     ("abmil", {"dropout": 0.5}),
+    ("clam_sb", {"size": "big", "instance_loss": "ce"}),
+    ("clam_mb", {"subtyping": True}),
+    ("dtfd", {"distill": "maxs"}),
+    ("dtfd", {"distill": "maxmins", "joint": True}),
+    ("longmil", {"global_layer": "linear", "radius": 2}),
+    ("longmil", {"positions": "alibi", "backend": "cells", "dropout": 0.5}),
 ]
 # the softmax does not see a constant added to all raw scores, so this bias has no gradient in any attention head
-NO_GRADIENT = {"attention.w.bias"}
+NO_GRADIENT = "w.bias"
+ORDERED = {"iat", "transmil"}  # neighbours in the bag's order are what Nyström attention and convolutions see
+DRAWN = {"dtfd"}  # parts the tiles at random
+POOLED = {"longmil"}  # weighs squares of one to four tiles
 
 torch.set_num_threads(1)
 
@@ -27,11 +37,12 @@ torch.set_num_threads(1)
 def make(request) -> Callable[[], Head]:
     name, options = request.param
 
-    def make_head() -> Head:
+    def make_head() -> Head:  # name and options are for tests that hold for some
         with torch.random.fork_rng([]):
             torch.manual_seed(7)
             return load_head(name, DIM, CLASSES, **options).eval()
 
+    make_head.head = name
     return make_head
 
 
@@ -73,6 +84,8 @@ def test_shapes_and_finite_for_all_sizes(make):
 
 
 def test_the_order_of_the_tiles_does_not_matter(make):
+    if make.head in ORDERED:
+        pytest.skip("its answer depends on the order by design")
     head, table, order = make(), columns(53), np.random.default_rng(1).permutation(53)
     a, b = run(head, Bag.flat(**table)), run(head, rows(table, order))
     same(a.logits, b.logits)
@@ -82,6 +95,8 @@ def test_the_order_of_the_tiles_does_not_matter(make):
 
 
 def test_every_tile_twice_changes_nothing_but_halves_the_weights(make):
+    if make.head in ORDERED | DRAWN:
+        pytest.skip("twice as many tiles are parted in other places")
     head, table = make(), columns(17)
     a, b = run(head, Bag.flat(**table)), run(head, rows(table, np.tile(np.arange(17), 2)))
     same(a.logits, b.logits)
@@ -91,9 +106,11 @@ def test_every_tile_twice_changes_nothing_but_halves_the_weights(make):
 
 def test_the_head_sees_its_tiles(make):
     head, table = make(), columns(17)
-    before = run(head, Bag.flat(**table)).logits
-    table["features"][3] += 10.0
-    assert (run(head, Bag.flat(**table)).logits - before).abs().max() > 1e-3
+    before, changes = run(head, Bag.flat(**table)).logits, []
+    for row in range(17):  # some look at the best of them only
+        other = table | {"features": table["features"] + 10.0 * (np.arange(17) == row)[:, None]}
+        changes.append((run(head, Bag.flat(**other)).logits - before).abs().max())
+    assert max(changes) > 1e-3
 
 
 @pytest.mark.parametrize("junk", [0.0, 1e6, np.nan, np.inf])
@@ -117,7 +134,8 @@ def test_invalid_rows_contribute_nothing(make, junk):
 def test_invalid_rows_get_no_gradient(make):
     features = torch.randn(13, DIM, generator=torch.Generator().manual_seed(3)).requires_grad_()
     valid = np.arange(13) != 4
-    make()(Bag.flat(features, valid=valid)).logits.square().sum().backward()
+    head = make()
+    head.loss(head(Bag.flat(features, valid=valid, grid=columns(13)["grid"])), 1).backward()
     assert (features.grad[4] == 0).all()
     assert (features.grad[valid] != 0).any()
 
@@ -127,7 +145,8 @@ def test_every_parameter_gets_a_gradient(make):
     for seed in range(5):
         head.loss(head(Bag.flat(**columns(23, seed))), seed % CLASSES).backward()
     without = {name for name, p in head.named_parameters() if p.grad is None or not (p.grad.abs() > 1e-7).any()}
-    assert without <= NO_GRADIENT
+    assert {name for name in without if not name.endswith(NO_GRADIENT)} == set()
+    assert len(without) <= len([name for name, _ in head.named_parameters() if name.endswith(NO_GRADIENT)])
 
 
 def test_constant_features(make):
@@ -135,6 +154,8 @@ def test_constant_features(make):
     table["features"][:] = 0.5
     out = run(make(), Bag.flat(**table))
     assert out.logits.isfinite().all()
+    if make.head in ORDERED | DRAWN | POOLED:
+        return  # convolutions see where the bag ends; groups of different sizes share alike
     same(out.tiles[0].weight, torch.full((29,), 1 / 29))
 
 
@@ -162,7 +183,8 @@ def test_eval_is_deterministic_and_draws_no_random_numbers(make):
 
 def test_a_bag_the_head_was_not_made_for_is_refused(make):
     head = make()
-    coarse, fine = BagLevel.of(np.ones((1, DIM)), mpp=2), BagLevel.of(np.ones((3, DIM)), parent=np.zeros(3, int), mpp=1)
+    coarse = BagLevel.of(np.ones((1, DIM)), mpp=2, grid=np.zeros((1, 2), int))
+    fine = BagLevel.of(np.ones((3, DIM)), parent=np.zeros(3, int), mpp=1, grid=np.array([[0, 0], [0, 1], [1, 1]]))
     with pytest.raises(ValueError, match=r"reads one level.*bag\.at\(mpp\)"):
         head(Bag([coarse, fine]))
     assert head(Bag([coarse, fine]).at(1)).logits.shape == (CLASSES,)
@@ -171,11 +193,13 @@ def test_a_bag_the_head_was_not_made_for_is_refused(make):
 
 
 def test_loss_is_weighted_cross_entropy(make):
+    if make.head not in {"abmil", "attention", "longmil", "max", "maxscore", "mean", "transmil"}:
+        pytest.skip("its loss has more parts")
     head, bag = make(), Bag.flat(**columns(7))
     out = run(head, bag)
     expected = -out.logits.double().log_softmax(0)[2].item()
     assert head.loss(out, 2).item() == pytest.approx(expected, rel=1e-5)
-    assert head.loss(out, 2, torch.tensor([1.0, 1.0, 3.0])).item() == pytest.approx(3 * expected, rel=1e-5)
+    assert head.loss(out, 2, Classification(CLASSES, (1.0, 1.0, 3.0))).item() == pytest.approx(3 * expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("name", list_heads())

@@ -1,0 +1,235 @@
+"""Time and memory of the heads against the number of tiles, a forward pass and a training step.
+
+    python benchmarks/heads.py [--heads longmil transmil] [--tiles 1024 16384 131072] [--device cuda] [--plot heads.png]
+
+Every head and size has a process of its own, so that its peak of memory is its own: what the process holds at most,
+less what it held before the first pass (on a GPU: torch's peak). Bags are torn tissue on a grid with random features of
+384 channels; hagmil gets a tree of three levels, the finest with that many tiles. The slope is log time (memory) over
+log tiles between the two largest sizes. A size is left out (-) where the one before it says that it would take longer
+than --limit seconds.
+
+Then, at 16,384 tiles and in one process: local attention alone against fused attention of all to all, and longmil
+against three fused full blocks. Writes benchmarks/out/heads.json.
+"""
+
+import argparse
+import json
+import math
+import os
+import resource
+import subprocess
+import sys
+import time
+
+sys.path.pop(0)  # this folder, in which `heads` is this file
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from heads import Bag, BagLevel, Head, list_heads, load_head
+from heads.layers import local_attention
+
+OUT = Path(__file__).parent / "out"
+DIM, CLASSES, WIDTH, HEADS, RADIUS = 384, 2, 384, 4, 10
+TILES = [1024 * 2**i for i in range(8)]
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    **{name: (name, {}) for name in list_heads()},
+    "longmil, linear": ("longmil", {"global_layer": "linear"}),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--heads", nargs="+", default=list(VARIANTS), choices=VARIANTS, metavar="HEAD")
+    parser.add_argument("--tiles", nargs="+", type=int, default=TILES)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--limit", type=float, default=120, help="seconds for one training step")
+    parser.add_argument("--plot", type=Path)
+    parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
+    wanted = parser.parse_args()
+    if wanted.one:
+        print(json.dumps(measured(wanted.one[0], int(wanted.one[1]), wanted.repeats, wanted.device)))
+        return
+    rows = [row for name in wanted.heads for row in grown(name, wanted)]
+    table(rows, wanted.tiles)
+    pairs = side_by_side(16_384, wanted.repeats, wanted.device)
+    for words, value in pairs.items():
+        print(f"{words}: {value:.2f}")
+    OUT.mkdir(exist_ok=True)
+    (OUT / "heads.json").write_text(json.dumps({"machine": machine(), "rows": rows, "pairs": pairs}, indent=1) + "\n")
+    if wanted.plot:
+        plot(rows, wanted.plot)
+
+
+def machine() -> str:
+    return f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, torch {torch.__version__}"
+
+
+def grown(name: str, wanted: argparse.Namespace) -> list[dict[str, Any]]:
+    """A head at all sizes, as long as it is worth waiting for."""
+    rows: list[dict[str, Any]] = []
+    for tiles in sorted(wanted.tiles):
+        if len(rows) > 1 and rows[-1]["step s"] * growth(rows, tiles) * (1 + wanted.repeats) > wanted.limit:
+            break
+        command = [sys.executable, __file__, "--one", name, str(tiles), "--repeats", str(wanted.repeats)]
+        done = subprocess.run([*command, "--device", wanted.device], capture_output=True, text=True)
+        if done.returncode:
+            print(f"{name}, {tiles} tiles: {done.stderr.strip().splitlines()[-1:]}")
+            break
+        rows.append(json.loads(done.stdout))
+        print(" | ".join(f"{key} {words(value)}" for key, value in rows[-1].items()), flush=True)
+    return rows
+
+
+def growth(rows: list[dict[str, Any]], tiles: int) -> float:
+    """How much longer the next size will take, if it goes on as from the size before the last to the last."""
+    return float((tiles / rows[-1]["tiles"]) ** max(1.0, slope(rows, "step s")))
+
+
+def slope(rows: list[dict[str, Any]], what: str) -> float:
+    a, b = rows[-2:]
+    return math.log(b[what] / a[what]) / math.log(b["tiles"] / a["tiles"])
+
+
+def measured(name: str, tiles: int, repeats: int, device: str) -> dict[str, Any]:
+    """Medians of `repeats` passes after one that does not count, and the most memory that was held."""
+    torch.manual_seed(0)
+    kind, options = VARIANTS[name]
+    head = load_head(kind, DIM, CLASSES, **options).to(device)
+    bag = (tree if head.needs.levels > 1 else flat)(tiles).to(device)
+    optimizer = torch.optim.Adam(head.parameters(), lr=1e-5)
+    before = held(device)
+    forward = timed(lambda: looked(head, bag), repeats, device)
+    forward_mb = (held(device) - before) / 1e6
+    step = timed(lambda: stepped(head, bag, optimizer), repeats, device)
+    return {
+        "head": name,
+        "tiles": tiles,
+        "forward s": forward,
+        "step s": step,
+        "forward MB": forward_mb,
+        "step MB": (held(device) - before) / 1e6,
+    }
+
+
+@torch.no_grad()
+def looked(head: Head, bag: Bag) -> None:
+    head.eval()(bag)
+
+
+def stepped(head: Head, bag: Bag, optimizer: torch.optim.Optimizer) -> None:
+    optimizer.zero_grad()
+    head.loss(head.train()(bag), 1).backward()
+    optimizer.step()
+
+
+def timed(work: Any, repeats: int, device: str) -> float:
+    times = []
+    for _ in range(1 + repeats):
+        start = time.perf_counter()
+        work()
+        if device != "cpu":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return median(times[1:])
+
+
+def held(device: str) -> float:
+    """The most bytes held so far."""
+    if device != "cpu":
+        return float(torch.cuda.max_memory_allocated())
+    return 1024.0 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def places(tiles: int) -> np.ndarray:
+    """(tiles, 2) of torn tissue: a square of which seven tenths are kept, in pieces of 8 × 8 tiles."""
+    random = np.random.default_rng(tiles)
+    pieces = math.ceil(math.sqrt(tiles / 0.7) / 8)
+    kept = random.permutation(pieces**2)[: math.ceil(tiles / 64)]
+    corners = np.stack([kept % pieces, kept // pieces], axis=1) * 8
+    inside = np.stack(np.meshgrid(np.arange(8), np.arange(8)), axis=-1).reshape(-1, 2)
+    return (corners[:, None] + inside).reshape(-1, 2)[:tiles]
+
+
+def flat(tiles: int) -> Bag:
+    features = torch.randn(tiles, DIM, generator=torch.Generator().manual_seed(tiles))
+    return Bag.flat(features, grid=places(tiles))
+
+
+def tree(tiles: int) -> Bag:
+    """Three levels, each tile with four children."""
+    levels = []
+    for i in range(3):
+        count = tiles // 4 ** (2 - i)
+        features = torch.randn(count, DIM, generator=torch.Generator().manual_seed(count))
+        levels.append(BagLevel.of(features, parent=np.arange(count) // 4 if i else np.full(count, -1)))
+    return Bag(levels)
+
+
+def side_by_side(tiles: int, repeats: int, device: str) -> dict[str, float]:
+    """How many times faster, forward or whole step, in turns in this process."""
+    torch.manual_seed(0)
+    bag = flat(tiles).to(device)
+    q, k, v = torch.randn(3, HEADS, tiles, WIDTH // HEADS, device=device)
+    heads = {
+        "longmil": load_head("longmil", DIM, CLASSES).to(device),
+        "full": load_head("attention", DIM, CLASSES, blocks=3).to(device),
+    }
+    optimizers = {name: torch.optim.Adam(head.parameters(), lr=1e-5) for name, head in heads.items()}
+    works = {
+        "local": lambda: local_attention(q, k, v, bag.grid, RADIUS),
+        "fused": lambda: F.scaled_dot_product_attention(q[None], k[None], v[None]),
+        **{f"{name} forward": lambda h=head: looked(h, bag) for name, head in heads.items()},
+        **{f"{name} step": lambda n=name: stepped(heads[n], bag, optimizers[n]) for name in heads},
+    }
+    times: dict[str, list[float]] = {name: [] for name in works}
+    for _ in range(repeats):
+        for name, work in works.items():
+            times[name].append(timed(work, 1, device))
+    medians = {name: median(values) for name, values in times.items()}
+    return {
+        "local attention against fused full attention, times faster": medians["fused"] / medians["local"],
+        "longmil against three full blocks, forward": medians["full forward"] / medians["longmil forward"],
+        "longmil against three full blocks, training step": medians["full step"] / medians["longmil step"],
+    }
+
+
+def table(rows: list[dict[str, Any]], sizes: list[int]) -> None:
+    for what in ("forward s", "step s", "forward MB", "step MB"):
+        print(f"\n{what:20}" + "".join(f"{n:>10}" for n in sizes) + "     slope")
+        for name in dict.fromkeys(row["head"] for row in rows):
+            mine = [row for row in rows if row["head"] == name]
+            by_size = {row["tiles"]: row[what] for row in mine}
+            cells = "".join(f"{words(by_size.get(n)):>10}" for n in sizes)
+            print(f"{name:20}{cells}     " + (f"{slope(mine, what):.2f}" if len(mine) > 1 else "-"))
+
+
+def words(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+    return "-" if value is None else str(value)
+
+
+def plot(rows: list[dict[str, Any]], path: Path) -> None:
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(11, 5))
+    for name in dict.fromkeys(row["head"] for row in rows):
+        mine = [row for row in rows if row["head"] == name]
+        for axis, what in zip(axes, ("step s", "step MB"), strict=True):
+            axis.loglog([row["tiles"] for row in mine], [row[what] for row in mine], marker="o", ms=3, label=name)
+    for axis, what in zip(axes, ("training step, s", "training step, MB"), strict=True):
+        axis.set(xlabel="tiles", ylabel=what)
+        axis.grid(alpha=0.3)
+    axes[1].legend(fontsize=7, ncols=2)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
+if __name__ == "__main__":
+    main()

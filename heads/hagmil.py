@@ -1,0 +1,217 @@
+"""Hierarchical attention-guided MIL: a transformer for each level, whose attention chooses where the next one looks.
+
+Xiong et al.: Diagnose Like a Pathologist: Transformer-Enabled Hierarchical Attention-Guided Multiple Instance Learning
+for Whole Slide Image Classification, IJCAI 2023 (arXiv 2301.08125).
+
+One level (`iat`), for blocks t = 1..4 of widths 1024, 1536, 512, 1024:
+
+    h ← GELU(LN(h W + b));  h ← ω h + Nys(LN h),  ω = √(9 / ln 9 - 1) (Admin: Liu et al., EMNLP 2020)
+    g = LN_t(h);  u = GELU(g V0 + b);  a = w (tanh(V u) ⊙ σ(U u))
+    z_t = GELU(LN(LN_t(Σ softmax(a)_i h_i) M + b))
+    logits = W (Σ_t w_t z_t + b0) + b
+
+The tiles with the highest a of the last block are looked at more closely: their children on the next finer level are
+its bag. The finest level's logits are the slide's.
+
+What differs from the paper: k is by default a share of the tiles that a level looks at (preset="paper": its thousands,
+which exceed most slides); children are those that the quadtree kept, one to four; eqs 9 to 11 lack the softmax that the
+released code has. Tiles stay in the order of the bag. The second loss, on tiles, is CLAM's.
+
+Parameters of a level (D → d_t): Σ_t [d_{t-1} d_t + 4 d_t² + 9 d_t + 33 · 8 + 512 (d_t + 1) + 512 · 513 + 257 + 1024
+(d_t + 1) + 2048] + 5 + 1026 C + 1025 C.
+"""
+
+import math
+from dataclasses import replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from .bag import BadBag, Bag, BagLevel, Prediction, TileScores
+from .clam_sb import Instances, require_classes
+from .head import Head, Needs
+from .layers import Attention, NystromAttention
+from .recipe import Recipe
+from .tasks import Classification, Task
+
+WIDTHS = (1024, 1536, 512, 1024)
+OUT = 1024
+OMEGA = math.sqrt(9 / math.log(9) - 1)  # Admin's constant for 8 residual branches
+
+
+class IATBlock(nn.Module):
+    """(N, before) → (N, width), raw attention (N,), the tiles as the attention saw them (N, 512), the bag (1024,)."""
+
+    omega: Tensor
+
+    def __init__(self, before: int, width: int, dropout: float) -> None:
+        super().__init__()
+        self.widen = nn.Sequential(nn.Linear(before, width), nn.LayerNorm(width), nn.GELU())
+        self.norm = nn.LayerNorm(width)
+        self.mix = NystromAttention(width, landmarks=width // 2, dropout=dropout)
+        self.register_buffer("omega", torch.tensor(OMEGA), persistent=False)
+        self.norm_t = nn.LayerNorm(width)
+        self.seen = nn.Sequential(nn.Linear(width, 512), nn.GELU(), nn.Dropout(0.25))
+        self.attention = Attention(512, 256, dropout=0.25)
+        self.out = nn.Sequential(nn.Linear(width, OUT), nn.LayerNorm(OUT), nn.GELU())
+
+    def forward(self, h: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        h = self.widen(h)
+        h = self.omega * h + self.mix(self.norm(h))
+        u = self.seen(self.norm_t(h))
+        raw = self.attention(u)[:, 0]
+        return h, raw, u, self.out(self.norm_t(raw.softmax(0) @ h))
+
+
+class IAT(Head):
+    """instance_weight: λ of the loss on tiles, which is added to that of the slide."""
+
+    recipes: ClassVar = {"paper": Recipe(lr=1e-5, epochs=200, patience=20, class_weights=False)}
+
+    def __init__(
+        self,
+        dim: int,
+        classes: int,
+        *,
+        dropout: float = 0.3,
+        instances: int = 8,
+        instance_weight: float = 1.0,
+        instance_loss: str = "svm",
+        subtyping: bool = False,
+    ) -> None:
+        options: dict[str, Any] = {"dropout": dropout, "instances": instances, "subtyping": subtyping}
+        super().__init__(dim, classes, **options, instance_weight=instance_weight, instance_loss=instance_loss)
+        self.blocks = nn.ModuleList(IATBlock(a, b, dropout) for a, b in zip((dim, *WIDTHS), WIDTHS, strict=False))
+        self.fuse = nn.Linear(len(WIDTHS), 1)
+        self.classifier = nn.Linear(OUT, classes)
+        self.instances = Instances(512, classes, instances, instance_loss, subtyping)
+
+    def forward(self, bag: Bag) -> Prediction:
+        self.check(bag)
+        return self.look(bag.valid_features, bag.valid)
+
+    def look(self, x: Tensor, shown: Tensor) -> Prediction:
+        """x: features of the tiles that are looked at; shown (N,) bool: which they are among those of the level."""
+        h, raws, bags = x, [], []
+        for block in self.blocks:
+            h, raw, u, z = block(h)
+            raws.append(raw)
+            bags.append(z)
+        z = self.fuse(torch.stack(bags, dim=-1))[:, 0]
+        tiles = TileScores.place(shown, raws[-1], raws[-1].softmax(0))
+        parts = {"tiles": u, "raw": raws[-1][None], "blocks": torch.stack(raws)}
+        return Prediction(self.classifier(z), z, (tiles,), parts=parts)
+
+    def loss(self, prediction: Prediction, target: Any, task: Task | None = None) -> Tensor:
+        task, share = task or self.task, self.options["instance_weight"]
+        whole = task.loss(prediction.logits, target)
+        if share == 0:
+            return whole
+        require_classes(task)
+        return whole + share * self.instances(prediction.parts["tiles"], prediction.parts["raw"], int(target))
+
+
+class HAGMIL(Head):
+    """levels: how many, the finest ones of the bag. k: the tiles of a level that are looked at more closely, an int
+    their number, a float their share of those it looked at; k_train: while training, by default the same. smoothing: of
+    the labels on all levels but the finest.
+    """
+
+    presets: ClassVar = {"paper": {"k": 10_000, "k_train": 7_000}}
+    recipes: ClassVar = IAT.recipes
+
+    def __init__(
+        self,
+        dim: int,
+        classes: int,
+        *,
+        levels: int = 3,
+        k: int | float = 0.25,
+        k_train: int | float | None = None,
+        smoothing: float = 0.1,
+        dropout: float = 0.3,
+        instances: int = 8,
+        instance_weight: float = 1.0,
+        instance_loss: str = "svm",
+        subtyping: bool = False,
+    ) -> None:
+        each: dict[str, Any] = {
+            "dropout": dropout,
+            "instances": instances,
+            "instance_weight": instance_weight,
+            "instance_loss": instance_loss,
+            "subtyping": subtyping,
+        }
+        super().__init__(dim, classes, levels=levels, k=k, k_train=k_train, smoothing=smoothing, **each)
+        if levels < 2:
+            raise ValueError(f"levels must be 2 or more, not {levels}: for one level take the head iat")
+        for value in (k, k if k_train is None else k_train):
+            if value <= 0 or (value > 1 and not isinstance(value, int)):
+                raise ValueError(f"k must be a whole number of tiles or a share in 0..1, not {value}")
+        self.needs = Needs(levels=levels)
+        self.levels = nn.ModuleList(IAT(dim, classes, **each) for _ in range(levels))
+
+    def forward(self, bag: Bag) -> Prediction:
+        self.check(bag)
+        levels = bag.levels[-len(self.levels) :]
+        self._require_features(bag, levels)
+        shown = levels[0].valid
+        looks: list[Prediction] = []
+        for level, iat in zip(levels, self.levels, strict=True):
+            assert isinstance(iat, IAT)
+            assert level.features is not None
+            shown = shown if not looks else below(level, self.chosen(looks[-1].tiles[0].raw))
+            looks.append(iat.look(level.features[shown], shown))
+        unseen = [never_looked(level) for level in bag.levels[: -len(self.levels)]]
+        tiles = (*unseen, *(look.tiles[0] for look in looks))
+        parts = {f"{name} {i}": value for i, look in enumerate(looks) for name, value in look.parts.items()}
+        parts |= {f"logits {i}": look.logits for i, look in enumerate(looks)}
+        return Prediction(looks[-1].logits, looks[-1].embedding, tiles, parts=parts)
+
+    def chosen(self, raw: Tensor) -> Tensor:
+        """(N,) scores, NaN where not looked → (N,) bool: the k highest; of equals the first."""
+        k_train = self.options["k_train"]
+        k = k_train if self.training and k_train is not None else self.options["k"]
+        count = int((~raw.isnan()).sum())
+        most = min(count, k) if isinstance(k, int) else math.ceil(k * count)
+        order = raw.detach().nan_to_num(-torch.inf).argsort(descending=True, stable=True)
+        return torch.zeros_like(raw, dtype=torch.bool).index_fill(0, order[:most], True)
+
+    def loss(self, prediction: Prediction, target: Any, task: Task | None = None) -> Tensor:
+        """The sum over levels, as the paper's; no gradient crosses from one to another."""
+        finest = coarser = task or self.task
+        if isinstance(finest, Classification):
+            coarser = replace(finest, smoothing=self.options["smoothing"])
+        parts, total = prediction.parts, prediction.logits.new_zeros(())
+        for i, iat in enumerate(self.levels):
+            assert isinstance(iat, IAT)
+            own = {name: parts[f"{name} {i}"] for name in ("tiles", "raw")}
+            look = Prediction(parts[f"logits {i}"], prediction.embedding, (), parts=own)
+            total = total + iat.loss(look, target, finest if i == len(self.levels) - 1 else coarser)
+        return total
+
+    def _require_features(self, bag: Bag, levels: Any) -> None:
+        bare = [(i, level) for i, level in enumerate(levels) if level.features is None]
+        missing = [f"{level.mpp:g}" if level.mpp else str(i) for i, level in bare]
+        if missing:
+            raise BadBag(
+                f"bag {bag.slide!r} has no features at {', '.join(missing)} µm/px; HAGMIL looks at {len(levels)} "
+                "levels: run again with all of them encoded"
+            )
+
+
+def below(level: BagLevel, chosen: Tensor) -> Tensor:
+    """(N,) bool: the valid tiles of the level whose parents are chosen."""
+    shown = chosen[level.parent] & level.valid
+    if not bool(shown.any()):
+        raise BadBag("the chosen tiles have no valid tile below them on the next level")
+    return shown
+
+
+def never_looked(level: BagLevel) -> TileScores:
+    nothing = torch.full((len(level),), torch.nan, device=level.valid.device)
+    return TileScores(nothing, nothing)
+
+
+build = HAGMIL

@@ -1,0 +1,261 @@
+"""What three or more heads share: attention that scores tiles, that mixes them, and that looks only at neighbours.
+
+Everything here works on one bag: (N, ·) tensors, no batch axis, no padding.
+"""
+
+import math
+from collections.abc import Callable
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+PADDING_BYTES = 256 << 20  # of scores that local attention holds at a time
+DENSE_TILES = 512  # up to here masked attention over all tiles is the fastest
+BLOCK = 128  # tiles, of FlexAttention
+
+
+class Attention(nn.Module):
+    """(N, dim) → (N, rows): raw scores of each tile, by a small network (Ilse et al., ICML 2018, eqs 8 and 9).
+
+    plain: wᵀ tanh(V h); gated: wᵀ (tanh(V h) ⊙ σ(U h)). All have biases; dropout acts on both branches.
+    Parameters: (1 + gated) (dim + 1) width + (width + 1) rows.
+    """
+
+    def __init__(self, dim: int, width: int, gated: bool = True, rows: int = 1, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.V = nn.Linear(dim, width)
+        self.U = nn.Linear(dim, width) if gated else None
+        self.w = nn.Linear(width, rows)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, h: Tensor) -> Tensor:
+        t = self.dropout(torch.tanh(self.V(h)))
+        if self.U is not None:
+            t = t * self.dropout(torch.sigmoid(self.U(h)))
+        scores: Tensor = self.w(t)
+        return scores
+
+
+class NystromParts(NamedTuple):
+    """The attention matrix as a product of three: left (H, N, m) · inverse (H, m, m) · right (H, m, N)."""
+
+    left: Tensor
+    inverse: Tensor
+    right: Tensor
+    values: Tensor  # (H, N, d)
+
+
+class NystromAttention(nn.Module):
+    """(N, dim) → (N, dim): self-attention by way of at most `landmarks` means (Xiong et al., AAAI 2021, eqs 13 to 15).
+
+    The landmarks are the means over groups of ⌈N / landmarks⌉ neighbours in the order of the tiles; the last group may
+    be smaller, so nothing is padded and nothing depends on N mod landmarks. A depth-wise convolution over 33 tiles of
+    the values is added. Time and memory O(N · landmarks). Parameters: 4 dim² + dim + 33 heads.
+    """
+
+    def __init__(
+        self, dim: int, landmarks: int, heads: int = 8, iterations: int = 6, taps: int = 33, dropout: float = 0.0
+    ) -> None:
+        super().__init__()
+        if dim % heads or landmarks < 1:
+            raise ValueError(f"{dim} features cannot be parted among {heads} heads, or no landmarks: {landmarks}")
+        self.heads, self.landmarks, self.iterations = heads, landmarks, iterations
+        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
+        self.out = nn.Sequential(nn.Linear(dim, dim), nn.Dropout(dropout))
+        self.convolution = nn.Conv1d(heads, heads, taps, padding=taps // 2, groups=heads, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.mix(self.parts(x))
+
+    def parts(self, x: Tensor) -> NystromParts:
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(1, 2, 0, 3)  # each (H, N, d)
+        q = q * q.shape[-1] ** -0.5
+        few_q, few_k = group_means(q, self.landmarks), group_means(k, self.landmarks)
+        left = (q @ few_k.mT).softmax(-1)
+        right = (few_q @ k.mT).softmax(-1)
+        return NystromParts(left, pseudo_inverse((few_q @ few_k.mT).softmax(-1), self.iterations), right, v)
+
+    def mix(self, parts: NystromParts) -> Tensor:
+        left, inverse, right, v = parts
+        mixed = left @ (inverse @ (right @ v)) + self._neighbours(v)
+        out: Tensor = self.out(mixed.transpose(0, 1).flatten(1))
+        return out
+
+    def _neighbours(self, v: Tensor) -> Tensor:
+        """Each channel of a head with the head's one filter along the tiles."""
+        return self.convolution(v.permute(2, 0, 1)).permute(1, 2, 0)
+
+
+def group_means(x: Tensor, most: int) -> Tensor:
+    """(H, N, d) → (H, ⌈N / l⌉, d): means over groups of l = ⌈N / most⌉ neighbours, the last over what is left."""
+    count = x.shape[1]
+    size = -(-count // most)
+    groups = -(-count // size)
+    sums = F.pad(x, (0, 0, 0, groups * size - count)).unflatten(1, (groups, size)).sum(2)
+    sizes = x.new_full((groups, 1), size)
+    sizes[-1] = count - (groups - 1) * size
+    return sums / sizes
+
+
+def pseudo_inverse(a: Tensor, iterations: int) -> Tensor:
+    """Moore-Penrose inverse of each (m, m) by iteration (Xiong et al., eq. 11), from its own Aᵀ / (‖A‖₁ ‖A‖∞)."""
+    scale = a.abs().sum(-1).amax(-1) * a.abs().sum(-2).amax(-1)
+    z = a.mT / scale[..., None, None]
+    one = torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
+    for _ in range(iterations):
+        az = a @ z
+        z = 0.25 * z @ (13 * one - az @ (15 * one - az @ (7 * one - az)))
+    return z
+
+
+# -- positions on the grid --
+
+
+def rope_2d(x: Tensor, grid: Tensor, base: float = 10_000.0) -> Tensor:
+    """(H, N, d) turned by its place on the grid (N, 2): products of two turned vectors depend on differences only.
+
+    The first half of the channels turns with the row, the second with the column; pair k of K = d/4 by
+    position · base^(-k/K) (Su et al., arXiv:2104.09864, eq. 34, once for each axis). d is a multiple of 4.
+    """
+    if x.shape[-1] % 4:
+        raise ValueError(f"a head of {x.shape[-1]} features has no two halves of pairs: use a multiple of 4")
+    pairs = x.shape[-1] // 4
+    place = (grid - grid.amin(0)).flip(-1).to(torch.float64)  # row, column; from 0, where angles are exact
+    speed = base ** (-torch.arange(pairs, dtype=torch.float64, device=x.device) / pairs)
+    angle = (place[:, :, None] * speed).flatten(1)  # (N, d/2)
+    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+    even, odd = x[..., 0::2], x[..., 1::2]
+    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2)
+
+
+def alibi_slopes(heads: int) -> Tensor:
+    """(H,): 2^(-8h/H) for h = 1..H (Press et al., ICLR 2022)."""
+    return 2.0 ** (-8 * torch.arange(1, heads + 1) / heads)
+
+
+def distances(a: Tensor, b: Tensor) -> Tensor:
+    """Euclidean, of whole positions (…, n, 2) and (…, m, 2) → (…, n, m), exact before the root."""
+    return ((a[..., :, None, :] - b[..., None, :, :]) ** 2).sum(-1).to(torch.float32).sqrt()
+
+
+# -- local attention --
+
+
+def local_attention(q: Tensor, k: Tensor, v: Tensor, grid: Tensor, radius: float, backend: str = "auto") -> Tensor:
+    """(H, N, d): attention of each tile to those within `radius` tiles of it on the grid (N, 2), itself included.
+
+    The softmax runs over exactly the j with ‖grid_i - grid_j‖ ≤ radius, the same for all heads. backend: `dense` masks
+    full attention, O(N²), the reference; `cells` sorts tiles into squares of ⌈radius⌉ and looks in 3 × 3 of them, O(N);
+    `flex` is torch's FlexAttention with a mask of blocks, for GPUs (on a CPU torch has no gradient for it, and it is
+    O(N²)); `auto` takes dense for few tiles and cells for many.
+    """
+    if radius < 0:
+        raise ValueError(f"a radius of {radius} tiles reaches nothing, not even the tile itself")
+    if backend == "auto":
+        backend = "dense" if q.shape[1] <= DENSE_TILES else "cells"
+    backends: dict[str, Callable[..., Tensor]] = {"dense": _dense, "cells": _in_cells, "flex": _flex}
+    if backend not in backends:
+        raise ValueError(f"no backend of local attention is called {backend!r} (known: auto, {', '.join(backends)})")
+    return backends[backend](q, k, v, grid, radius)
+
+
+def _within(a: Tensor, b: Tensor, radius: float) -> Tensor:
+    return ((a[..., :, None, :] - b[..., None, :, :]) ** 2).sum(-1) <= radius**2
+
+
+def _dense(q: Tensor, k: Tensor, v: Tensor, grid: Tensor, radius: float) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=_within(grid, grid, radius))
+
+
+class Cells(NamedTuple):
+    """Tiles by squares of the grid: which stand in each, filled up with -1, and its 3 × 3 squares, -1 where none is."""
+
+    members: Tensor  # (M, P) rows of tiles
+    around: Tensor  # (M, 9) rows of cells
+
+
+def cells_of(grid: Tensor, edge: int) -> Cells:
+    place = (grid - grid.amin(0)) // edge
+    width = int(place[:, 0].max()) + 3  # a free column on both sides, so that no neighbour wraps around
+    key = (place[:, 1] + 1) * width + place[:, 0] + 1
+    within = (grid - grid.amin(0)) % edge
+    order = torch.argsort(key * edge * edge + within[:, 1] * edge + within[:, 0], stable=True)
+    keys, sizes = torch.unique_consecutive(key[order], return_counts=True)
+    first = sizes.cumsum(0) - sizes
+    cell = torch.arange(len(keys), device=grid.device).repeat_interleave(sizes)
+    members = order.new_full((len(keys), int(sizes.max())), -1)
+    members[cell, torch.arange(len(order), device=grid.device) - first[cell]] = order
+    step = torch.tensor([dy * width + dx for dy in (-1, 0, 1) for dx in (-1, 0, 1)], device=grid.device)
+    wanted = keys[:, None] + step
+    found = torch.searchsorted(keys, wanted).clamp(max=len(keys) - 1)
+    return Cells(members, torch.where(keys[found] == wanted, found, -1))
+
+
+def _in_cells(q: Tensor, k: Tensor, v: Tensor, grid: Tensor, radius: float) -> Tensor:
+    cells = cells_of(grid, max(1, math.ceil(radius)))
+    out = torch.zeros_like(q)
+    queries, keys = cells.members.shape[1], 9 * cells.members.shape[1]
+    at_once = max(1, PADDING_BYTES // (4 * q.shape[0] * queries * keys))
+    parts = []
+    for members, around in zip(cells.members.split(at_once), cells.around.split(at_once), strict=True):
+        near = torch.where(around[:, :, None] >= 0, cells.members[around], -1).flatten(1)  # (m, 9 P)
+        mask = _within(grid[members], grid[near], radius) & (near >= 0)[:, None, :]
+        mask = mask | (members < 0)[:, :, None]  # rows that stand for no tile look anywhere: no row is empty
+        mixed = F.scaled_dot_product_attention(
+            q[:, members].transpose(0, 1), k[:, near].transpose(0, 1), v[:, near].transpose(0, 1), mask[:, None]
+        )  # (m, H, P, d)
+        parts.append((members[members >= 0], mixed.transpose(0, 1)[:, members >= 0]))
+    rows = torch.cat([rows for rows, _ in parts])
+    return out.index_copy(1, rows, torch.cat([values for _, values in parts], dim=1))
+
+
+def _flex(q: Tensor, k: Tensor, v: Tensor, grid: Tensor, radius: float) -> Tensor:
+    from torch.nn.attention.flex_attention import BlockMask
+
+    order = torch.argsort(morton(grid), stable=True)
+    place = (grid - grid.amin(0))[order]
+    column, row = place.to(torch.float32).T.contiguous()
+    reach = column.new_tensor(radius**2)  # a tensor, for torch's compiler takes no numbers here
+
+    def near(batch: Tensor, head: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return (column[i] - column[j]) ** 2 + (row[i] - row[j]) ** 2 <= reach
+
+    # A mask made from `near` alone would ask all N² pairs (pytorch issue 134756); boxes around blocks say enough.
+    touching = _boxes_touch(place, radius)
+    counts = touching.sum(-1, dtype=torch.int32)
+    blocks = touching.to(torch.int8).argsort(dim=-1, descending=True, stable=True).to(torch.int32)
+    mask = BlockMask.from_kv_blocks(
+        counts[None, None], blocks[None, None], BLOCK_SIZE=BLOCK, mask_mod=near, seq_lengths=(len(grid), len(grid))
+    )
+    mixed = _flex_attention(q.is_cuda)(q[None, :, order], k[None, :, order], v[None, :, order], block_mask=mask)[0]
+    return torch.empty_like(mixed).index_copy(1, order, mixed)
+
+
+@lru_cache(maxsize=2)
+def _flex_attention(compiled: bool) -> Callable[..., Tensor]:
+    """Compiled on a GPU; uncompiled it is plain attention with a mask."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=True) if compiled else flex_attention  # type: ignore[return-value]
+
+
+def _boxes_touch(place: Tensor, radius: float) -> Tensor:
+    """(blocks, blocks): may a tile of the one be within `radius` of a tile of the other?"""
+    blocks = -(-len(place) // BLOCK)
+    last = place[-1:].expand(blocks * BLOCK - len(place), 2)
+    boxes = torch.cat([place, last]).unflatten(0, (blocks, BLOCK))
+    low, high = boxes.amin(1), boxes.amax(1)
+    gap = torch.maximum(low[:, None] - high[None], low[None] - high[:, None]).clamp(min=0)
+    return (gap**2).sum(-1) <= radius**2
+
+
+def morton(grid: Tensor) -> Tensor:
+    """(N,) places along the Z curve: the bits of row and column in turn. For positions below 2³¹."""
+    place = grid - grid.amin(0)
+    code = torch.zeros_like(place[:, 0])
+    for bit in range(31):
+        code |= ((place[:, 0] >> bit) & 1) << (2 * bit) | ((place[:, 1] >> bit) & 1) << (2 * bit + 1)
+    return code
