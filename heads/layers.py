@@ -11,8 +11,9 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-PADDING_BYTES = 256 << 20  # of scores that local attention holds at a time
+CHUNK_BYTES = 16 << 20  # of keys and values that local attention gathers at a time: what a cache holds
 DENSE_TILES = 512  # up to here masked attention over all tiles is the fastest
 BLOCK = 128  # tiles, of FlexAttention
 
@@ -163,7 +164,9 @@ def local_attention(q: Tensor, k: Tensor, v: Tensor, grid: Tensor, radius: float
 
 
 def _within(a: Tensor, b: Tensor, radius: float) -> Tensor:
-    return ((a[..., :, None, :] - b[..., None, :, :]) ** 2).sum(-1) <= radius**2
+    """(…, n, 2) and (…, m, 2) whole places → (…, n, m)."""
+    x, y = (a[..., :, None, axis] - b[..., None, :, axis] for axis in (0, 1))
+    return x * x + y * y <= math.floor(radius**2)
 
 
 def _dense(q: Tensor, k: Tensor, v: Tensor, grid: Tensor, radius: float) -> Tensor:
@@ -171,45 +174,75 @@ def _dense(q: Tensor, k: Tensor, v: Tensor, grid: Tensor, radius: float) -> Tens
 
 
 class Cells(NamedTuple):
-    """Tiles by squares of the grid: which stand in each, filled up with -1, and its 3 × 3 squares, -1 where none is."""
+    """Squares of the grid with a tile in them, the fewest neighbours first: rows of tiles, filled up with -1."""
 
-    members: Tensor  # (M, P) rows of tiles
-    around: Tensor  # (M, 9) rows of cells
+    members: Tensor  # (M, P) the tiles in each
+    near: Tensor  # (M, K) the tiles that one of them may reach, before those that are none
+    counts: Tensor  # (M,) how many they are
 
 
-def cells_of(grid: Tensor, edge: int) -> Cells:
-    place = (grid - grid.amin(0)) // edge
-    width = int(place[:, 0].max()) + 3  # a free column on both sides, so that no neighbour wraps around
-    key = (place[:, 1] + 1) * width + place[:, 0] + 1
-    within = (grid - grid.amin(0)) % edge
+def cells_of(place: Tensor, radius: float) -> Cells:
+    """(N, 2) whole places from 0 → squares of ⌈radius⌉ tiles."""
+    members, around = _squares(place, max(1, math.ceil(radius)))
+    near = torch.where(around[:, :, None] >= 0, members[around], -1).flatten(1)  # (M, 9 P)
+    inside = place[torch.where(members >= 0, members, members[:, :1])]
+    gap = _gap(inside.amin(1)[:, None], inside.amax(1)[:, None], place[near])
+    near = torch.where((gap**2).sum(-1) <= radius**2, near, -1)
+    near = near.gather(1, (near < 0).to(torch.int8).argsort(dim=1, stable=True))
+    counts = (near >= 0).sum(1)
+    order = counts.argsort(stable=True)
+    return Cells(members[order], near[order], counts[order])
+
+
+def _squares(place: Tensor, edge: int) -> tuple[Tensor, Tensor]:
+    """(M, P) tiles of each square, and (M, 9) the squares around it, both filled up with -1."""
+    square, within = place // edge, place % edge
+    width = int(square[:, 0].max()) + 3  # a free column on both sides, so that no neighbour wraps around
+    key = (square[:, 1] + 1) * width + square[:, 0] + 1
     order = torch.argsort(key * edge * edge + within[:, 1] * edge + within[:, 0], stable=True)
     keys, sizes = torch.unique_consecutive(key[order], return_counts=True)
-    first = sizes.cumsum(0) - sizes
-    cell = torch.arange(len(keys), device=grid.device).repeat_interleave(sizes)
-    members = order.new_full((len(keys), int(sizes.max())), -1)
-    members[cell, torch.arange(len(order), device=grid.device) - first[cell]] = order
-    step = torch.tensor([dy * width + dx for dy in (-1, 0, 1) for dx in (-1, 0, 1)], device=grid.device)
+    cell = torch.arange(len(keys), device=place.device).repeat_interleave(sizes)
+    at = torch.arange(len(order), device=place.device) - (sizes.cumsum(0) - sizes)[cell]
+    members = order.new_full((len(keys), int(sizes.max())), -1).index_put((cell, at), order)
+    step = torch.tensor([dy * width + dx for dy in (-1, 0, 1) for dx in (-1, 0, 1)], device=place.device)
     wanted = keys[:, None] + step
     found = torch.searchsorted(keys, wanted).clamp(max=len(keys) - 1)
-    return Cells(members, torch.where(keys[found] == wanted, found, -1))
+    return members, torch.where(keys[found] == wanted, found, -1)
+
+
+def _gap(low: Tensor, high: Tensor, place: Tensor) -> Tensor:
+    """From a box to places, along each axis; 0 inside."""
+    return torch.maximum(low - place, place - high).clamp(min=0)
 
 
 def _in_cells(q: Tensor, k: Tensor, v: Tensor, grid: Tensor, radius: float) -> Tensor:
-    cells = cells_of(grid, max(1, math.ceil(radius)))
-    out = torch.zeros_like(q)
-    queries, keys = cells.members.shape[1], 9 * cells.members.shape[1]
-    at_once = max(1, PADDING_BYTES // (4 * q.shape[0] * queries * keys))
-    parts = []
-    for members, around in zip(cells.members.split(at_once), cells.around.split(at_once), strict=True):
-        near = torch.where(around[:, :, None] >= 0, cells.members[around], -1).flatten(1)  # (m, 9 P)
-        mask = _within(grid[members], grid[near], radius) & (near >= 0)[:, None, :]
-        mask = mask | (members < 0)[:, :, None]  # rows that stand for no tile look anywhere: no row is empty
-        mixed = F.scaled_dot_product_attention(
-            q[:, members].transpose(0, 1), k[:, near].transpose(0, 1), v[:, near].transpose(0, 1), mask[:, None]
-        )  # (m, H, P, d)
-        parts.append((members[members >= 0], mixed.transpose(0, 1)[:, members >= 0]))
-    rows = torch.cat([rows for rows, _ in parts])
-    return out.index_copy(1, rows, torch.cat([values for _, values in parts], dim=1))
+    """Some squares at a time, few enough to stay in the cache; in the backward step they are done again, not kept."""
+    place = grid - grid.amin(0)
+    cells = cells_of(place, radius)
+    place = place.to(torch.int32 if radius < 1 << 14 else torch.int64)  # squares of near distances fit
+    q, k, v = (x.transpose(0, 1).contiguous() for x in (q, k, v))  # (N, H, d): a tile's values lie together
+    at_once = max(1, CHUNK_BYTES // (8 * k[0].numel() * cells.near.shape[1]))
+    done = []
+    for members, near, counts in zip(*(part.split(at_once) for part in cells), strict=True):
+        chunk = (q, k, v, place, members, near[:, : int(counts[-1])], radius)
+        again = torch.is_grad_enabled() and q.requires_grad
+        mixed = checkpoint(_attend, *chunk, use_reentrant=False) if again else _attend(*chunk)
+        done.append((members[members >= 0], mixed))
+    rows, values = (torch.cat(part) for part in zip(*done, strict=True))
+    return torch.empty_like(q).index_copy(0, rows, values).transpose(0, 1)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, place: Tensor, members: Tensor, near: Tensor, radius: float) -> Tensor:
+    """The members of some squares look at those near them: (tiles, H, d), square by square."""
+    mask = _within(place[members], place[near], radius) & (near >= 0)[:, None, :]
+    mask |= (members < 0)[:, :, None]  # rows that stand for no tile look anywhere: no row is empty
+    q, k, v = (_rows(x, rows).transpose(1, 2) for x, rows in ((q, members), (k, near), (v, near)))
+    mixed: Tensor = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None])  # (m, H, P, d)
+    return mixed.transpose(1, 2)[members >= 0]
+
+
+def _rows(x: Tensor, rows: Tensor) -> Tensor:
+    return x.index_select(0, rows.clamp(min=0).flatten()).unflatten(0, rows.shape)
 
 
 def _flex(q: Tensor, k: Tensor, v: Tensor, grid: Tensor, radius: float) -> Tensor:
@@ -248,7 +281,7 @@ def _boxes_touch(place: Tensor, radius: float) -> Tensor:
     last = place[-1:].expand(blocks * BLOCK - len(place), 2)
     boxes = torch.cat([place, last]).unflatten(0, (blocks, BLOCK))
     low, high = boxes.amin(1), boxes.amax(1)
-    gap = torch.maximum(low[:, None] - high[None], low[None] - high[:, None]).clamp(min=0)
+    gap = torch.maximum(low[:, None] - high, low - high[:, None]).clamp(min=0)
     return (gap**2).sum(-1) <= radius**2
 
 

@@ -141,16 +141,41 @@ def test_what_is_out_of_reach_changes_no_bit(backend):
     assert not torch.equal(again, out)
 
 
-def test_every_tile_is_in_one_cell_and_the_cells_around_are_neighbours():
+@pytest.mark.parametrize("radius", [0, 1, 3.5, 10])
+def test_every_tile_is_in_one_cell_and_sees_all_it_may_reach(radius):
     grid = ragged("islands")
-    cells = cells_of(grid, 4)
+    place = grid - grid.amin(0)
+    cells = cells_of(place, radius)
     assert sorted(cells.members[cells.members >= 0].tolist()) == list(range(len(grid)))
-    place = (grid - grid.amin(0)) // 4
-    for members, around in zip(cells.members, cells.around, strict=True):
-        here = place[members[0]]
-        assert (place[members[members >= 0]] == here).all()
-        near = {tuple(place[cells.members[cell, 0]].tolist()) for cell in around.tolist() if cell >= 0}
-        assert near == {tuple(p) for p in place.tolist() if max(abs(p[0] - here[0]), abs(p[1] - here[1])) <= 1}
+    assert cells.counts.tolist() == sorted((cells.near >= 0).sum(1).tolist())
+    for members, near, count in zip(cells.members.tolist(), cells.near.tolist(), cells.counts.tolist(), strict=True):
+        assert min(near[:count]) >= 0
+        assert set(near[count:]) <= {-1}
+        assert len(set(near[:count])) == count
+        for tile in (row for row in members if row >= 0):
+            reached = ((place - place[tile]) ** 2).sum(1) <= radius**2
+            assert set(reached.nonzero()[:, 0].tolist()) <= set(near)
+
+
+def test_tiles_on_one_place_are_all_seen():
+    grid = ragged("torn").repeat(3, 1)
+    inputs = qkv(len(grid))
+    torch.testing.assert_close(
+        local_attention(*inputs, grid, 3, "cells"), local_attention(*inputs, grid, 3, "dense"), rtol=1e-5, atol=1e-5
+    )
+
+
+def test_a_part_at_a_time_is_the_same(monkeypatch):
+    grid = ragged("torn")
+    outs = []
+    for size in (1 << 30, 1):
+        monkeypatch.setattr("heads.layers.CHUNK_BYTES", size)
+        inputs = [x.requires_grad_() for x in qkv(len(grid))]
+        out = local_attention(*inputs, grid, 2, "cells")
+        out.square().sum().backward()
+        outs.append((out.detach(), *(x.grad for x in inputs)))
+    for a, b in zip(*outs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
 def test_unknown_back_ends_and_radii_are_refused():
