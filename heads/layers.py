@@ -6,12 +6,11 @@ Everything here works on one bag: (N, ·) tensors, no batch axis, no padding.
 import math
 from collections.abc import Callable
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 CHUNK_BYTES = 16 << 20  # of keys and values that local attention gathers at a time: what a cache holds
 DENSE_TILES = 512  # up to here masked attention over all tiles is the fastest
@@ -173,6 +172,9 @@ def _dense(q: Tensor, k: Tensor, v: Tensor, grid: Tensor, radius: float) -> Tens
     return F.scaled_dot_product_attention(q, k, v, attn_mask=_within(grid, grid, radius))
 
 
+Parts = list[tuple[Tensor, Tensor]]  # rows of tiles: those that look (m, P), those that they look among (m, K)
+
+
 class Cells(NamedTuple):
     """Squares of the grid with a tile in them, the fewest neighbours first: rows of tiles, filled up with -1."""
 
@@ -216,29 +218,60 @@ def _gap(low: Tensor, high: Tensor, place: Tensor) -> Tensor:
 
 
 def _in_cells(q: Tensor, k: Tensor, v: Tensor, grid: Tensor, radius: float) -> Tensor:
-    """Some squares at a time, few enough to stay in the cache; in the backward step they are done again, not kept."""
     place = grid - grid.amin(0)
     cells = cells_of(place, radius)
     place = place.to(torch.int32 if radius < 1 << 14 else torch.int64)  # squares of near distances fit
+    at_once = max(1, CHUNK_BYTES // (8 * q[:, 0].numel() * cells.near.shape[1]))
+    parts = [
+        (members, near[:, : int(counts[-1])])
+        for members, near, counts in zip(*(part.split(at_once) for part in cells), strict=True)
+    ]
     q, k, v = (x.transpose(0, 1).contiguous() for x in (q, k, v))  # (N, H, d): a tile's values lie together
-    at_once = max(1, CHUNK_BYTES // (8 * k[0].numel() * cells.near.shape[1]))
-    done = []
-    for members, near, counts in zip(*(part.split(at_once) for part in cells), strict=True):
-        chunk = (q, k, v, place, members, near[:, : int(counts[-1])], radius)
-        again = torch.is_grad_enabled() and q.requires_grad
-        mixed = checkpoint(_attend, *chunk, use_reentrant=False) if again else _attend(*chunk)
-        done.append((members[members >= 0], mixed))
-    rows, values = (torch.cat(part) for part in zip(*done, strict=True))
-    return torch.empty_like(q).index_copy(0, rows, values).transpose(0, 1)
+    out: Tensor = _InParts.apply(q, k, v, place, parts, radius)
+    return out.transpose(0, 1)
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, place: Tensor, members: Tensor, near: Tensor, radius: float) -> Tensor:
-    """The members of some squares look at those near them: (tiles, H, d), square by square."""
-    mask = _within(place[members], place[near], radius) & (near >= 0)[:, None, :]
-    mask |= (members < 0)[:, :, None]  # rows that stand for no tile look anywhere: no row is empty
-    q, k, v = (_rows(x, rows).transpose(1, 2) for x, rows in ((q, members), (k, near), (v, near)))
-    mixed: Tensor = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None])  # (m, H, P, d)
-    return mixed.transpose(1, 2)[members >= 0]
+class _InParts(torch.autograd.Function):
+    """Some squares at a time, few enough to stay in the cache. Backward they are done again, and their gradients added
+    up in one place: kept by torch, each part would have gradients of the size of all tiles."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, place: Tensor, parts: Parts, radius: float) -> Tensor:
+        ctx.save_for_backward(q, k, v, place)
+        ctx.parts, ctx.radius = parts, radius
+        out = torch.empty_like(q)
+        for members, near in parts:
+            mask = _looked_at(place, members, near, radius)
+            mixed = _attend(_rows(q, members), _rows(k, near), _rows(v, near), mask)
+            out.index_copy_(0, members[members >= 0], mixed[members >= 0])
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, place = ctx.saved_tensors
+        slopes = [torch.zeros_like(x) for x in (q, k, v)]
+        for members, near in ctx.parts:
+            rows = (members, near, near)
+            mask = _looked_at(place, members, near, ctx.radius)
+            some = [_rows(x, which).requires_grad_() for x, which in zip((q, k, v), rows, strict=True)]
+            with torch.enable_grad():
+                mixed = _attend(some[0], some[1], some[2], mask)
+            above = _rows(slope, members) * (members >= 0)[..., None, None]
+            for total, which, own in zip(slopes, rows, torch.autograd.grad(mixed, some, above), strict=True):
+                total.index_add_(0, which.clamp(min=0).flatten(), own.flatten(0, 1))  # 0 for what is not looked at
+        return (*slopes, None, None, None)
+
+
+def _looked_at(place: Tensor, members: Tensor, near: Tensor, radius: float) -> Tensor:
+    """(m, P, K): who looks at whom. Rows that stand for no tile look anywhere, so that no row is empty."""
+    return (_within(place[members], place[near], radius) & (near >= 0)[:, None]) | (members < 0)[:, :, None]
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """(m, P, H, d) queries, (m, K, H, d) keys and values → (m, P, H, d)."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    mixed: Tensor = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None]).transpose(1, 2)
+    return mixed
 
 
 def _rows(x: Tensor, rows: Tensor) -> Tensor:
