@@ -157,7 +157,9 @@ def _run_options(values: dict[str, Any], **flags: Any) -> dict[str, Any]:
 def train(
     out: OutFolder,
     labels: Annotated[Path, typer.Option("--labels", help="a table slide,label[,patient][,split]")],
-    head: Annotated[str, typer.Option("--head", help="mean, max, abmil, or module:function")] = "abmil",
+    head: Annotated[
+        str, typer.Option("--head", help="abmil, clam_sb, longmil, … (an unknown name lists all), or module:function")
+    ] = "abmil",
     name: Annotated[str | None, typer.Option("--name", help="of the model [default: the head's]")] = None,
     level: Annotated[
         float | None, typer.Option("--level", help="µm/px of the level that is read [default: the finest]")
@@ -165,10 +167,17 @@ def train(
     encoder: Annotated[
         str | None, typer.Option("--encoder", "-e", help="which features, where there are several")
     ] = None,
-    epochs: Annotated[int, typer.Option("--epochs", min=1)] = 50,
-    patience: Annotated[int, typer.Option("--patience", min=1, help="epochs without a better validation loss")] = 10,
-    lr: Annotated[float, typer.Option("--lr", min=0)] = 1e-4,
-    weight_decay: Annotated[float, typer.Option("--weight-decay", min=0)] = 1e-5,
+    recipe: Annotated[
+        str, typer.Option("--recipe", help="how it is trained: default, or paper, as the head's authors did")
+    ] = "default",
+    epochs: Annotated[
+        int | None, typer.Option("--epochs", min=1, help="instead of the recipe's; so the next three")
+    ] = None,
+    patience: Annotated[
+        int | None, typer.Option("--patience", min=1, help="epochs without a better validation loss")
+    ] = None,
+    lr: Annotated[float | None, typer.Option("--lr", min=0)] = None,
+    weight_decay: Annotated[float | None, typer.Option("--weight-decay", min=0)] = None,
     seed: Annotated[int, typer.Option("--seed")] = 0,
     option: Annotated[
         list[str] | None, typer.Option("--option", help="of the head, as name=value; may be repeated")
@@ -179,6 +188,7 @@ def train(
     \b
     slidestream train out/ --labels labels.csv --head abmil
     slidestream train out/ --labels labels.csv --head abmil --option gated=false --name plain --level 1.0
+    slidestream train out/ --labels labels.csv --head clam_sb --recipe paper
     """
     from .training import train as train_head
 
@@ -189,6 +199,7 @@ def train(
         name=name,
         level=level,
         encoder=encoder,
+        recipe=recipe,
         epochs=epochs,
         patience=patience,
         lr=lr,

@@ -3,14 +3,15 @@
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from heads import BadBag, Bag, UnknownName, UnknownOption, load_head
+from heads import BadBag, Bag, Head, UnknownName, UnknownOption, load_head
+from heads.recipe import Recipe
 from heads.train import fit, split
 from heads.train import predict as predict_bags
 
@@ -65,10 +66,11 @@ def train(
     name: str | None = None,
     level: float | None = None,
     encoder: str | None = None,
-    epochs: int = 50,
-    patience: int = 10,
-    lr: float = 1e-4,
-    weight_decay: float = 1e-5,
+    recipe: str = "default",
+    epochs: int | None = None,
+    patience: int | None = None,
+    lr: float | None = None,
+    weight_decay: float | None = None,
     seed: int = 0,
     on_epoch: Callable[[int, float, float | None], None] | None = None,
     **options: Any,
@@ -76,8 +78,10 @@ def train(
     """Train a head on the stored features of labelled slides; writes OUT/models/<name>.
 
     `level`: µm/px of the level that a flat head reads, by default the finest with features; `encoder`: which features,
-    where a store has several; `options` are the head's own. Rows with split `test` are never trained on; validation is
-    the split `val`, or a fifth of the training slides, parted by patient where the table says who is one.
+    where a store has several; `recipe`: how it is trained, "default" (heads.recipe.Recipe) or a name of the head's own
+    ("paper"), of which `epochs`, `patience`, `lr` and `weight_decay` replace single fields; `options` are the head's
+    own. Rows with split `test` are never trained on; validation is the split `val`, or a fifth of the training slides,
+    parted by patient where the table says who is one.
     Raises UsageError.
     """
     name = name or head.replace(":", "--")
@@ -98,19 +102,16 @@ def train(
         part: (StoredBags(source.store, [known.slides[i] for i in rows], source.key, level), y[rows])
         for part, rows in parts.items()
     }
-    recipe: dict[str, Any] = {
-        "epochs": epochs,
-        "patience": patience,
-        "lr": lr,
-        "weight_decay": weight_decay,
-        "seed": seed,
-    }
+    wishes = {"epochs": epochs, "patience": patience, "lr": lr, "weight_decay": weight_decay}
+    how = _recipe(head, model, recipe, {name: value for name, value in wishes.items() if value is not None})
     try:
-        history = fit(model, *sets["train"], validation=sets["val"], on_epoch=on_epoch, **recipe)
+        history = fit(model, *sets["train"], recipe=how, validation=sets["val"], seed=seed, on_epoch=on_epoch)
         metrics = {part: measure(predict_bags(model, bags), truth) for part, (bags, truth) in sets.items()}
     except (BrokenBag, BadBag, FloatingPointError) as error:  # a damaged slide, or a loss that left the numbers
         raise UsageError(str(error)) from error
-    training = recipe | {
+    training = asdict(how) | {
+        "recipe": recipe,
+        "seed": seed,
         "best_epoch": history.best_epoch,
         "train_loss": history.train_loss,
         "validation_loss": history.validation_loss,
@@ -224,6 +225,16 @@ def _new_head(name: str, dim: int, classes: int, seed: int, options: dict[str, A
             return load_head(name, dim, classes, **options)
         except (UnknownName, UnknownOption, TypeError, ValueError) as error:
             raise UsageError(str(error)) from error
+
+
+def _recipe(name: str, head: Head, recipe: str, changes: dict[str, Any]) -> Recipe:
+    known = {"default": Recipe()} | head.recipes
+    if recipe not in known:
+        raise UsageError(f"{name} has no recipe {recipe!r}; known are {', '.join(known)}")
+    try:
+        return replace(known[recipe], **changes)
+    except ValueError as error:
+        raise UsageError(f"{name}: {error}") from error
 
 
 def measure(probabilities: np.ndarray, truth: np.ndarray) -> dict[str, float]:

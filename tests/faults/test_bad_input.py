@@ -349,6 +349,8 @@ TABLE = "slide,label\n" + "".join(f"00{i},{'ab'[i % 2]}\n" for i in range(1, 9))
         (["--name", "../up"], "letters, digits"),
         (["--name", ".."], "letters, digits"),
         (["--epochs", "0"], "--epochs"),
+        (["--recipe", "papre"], "abmil has no recipe 'papre'; known are default, paper"),
+        (["--recipe", "paper", "--head", "dtfd", "--epochs", "9"], "keep_from must be one of the 9 epochs"),
     ],
     ids=lambda value: "=".join(value) if isinstance(value, list) else "",
 )

@@ -17,8 +17,8 @@ from pipeline.training import Trained
 COMMANDS = ("run", "train", "predict", "status", "doctor", "demo")
 OWN_FLAGS = {
     "run": {"--out", "-o", "--mpp-csv", "--workers", "--scheduler", "--redo", "--config", "--preset", "-e"},
-    "train": {"--labels", "--head", "--name", "--level", "--encoder", "-e", "--epochs", "--patience", "--lr",
-              "--weight-decay", "--seed", "--option"},
+    "train": {"--labels", "--head", "--name", "--level", "--encoder", "-e", "--recipe", "--epochs", "--patience",
+              "--lr", "--weight-decay", "--seed", "--option"},
     "predict": {"--model", "-m", "--out", "-o", "--weights", "--mpp-csv", "--workers", "--scheduler"},
     "status": set(),
     "doctor": {"--encoder", "-e", "--weights"},
@@ -120,12 +120,12 @@ def test_train_hands_everything_on(monkeypatch, capsys):
 
     monkeypatch.setattr(training, "train", train)
     flags = "--labels l.csv --head mean --name m --level 1 -e uni --epochs 3 --patience 2 --lr 0.01 --weight-decay 0"
-    options = "--option gated=false --option hidden-size=12 --option way=long --option x='7'"
+    options = "--recipe paper --option gated=false --option hidden-size=12 --option way=long --option x='7'"
     code = main(monkeypatch, "train", "out", *flags.split(), "--seed", "9", *options.split())
     assert code == 0
     assert seen == {
         "out": Path("out"), "labels": Path("l.csv"), "head": "mean", "name": "m", "level": 1.0, "encoder": "uni",
-        "epochs": 3, "patience": 2, "lr": 0.01, "weight_decay": 0.0, "seed": 9,
+        "recipe": "paper", "epochs": 3, "patience": 2, "lr": 0.01, "weight_decay": 0.0, "seed": 9,
         "gated": False, "hidden_size": 12, "way": "long", "x": "7",
     }  # fmt: skip
     text = capsys.readouterr().out

@@ -14,7 +14,7 @@ from heads import load_head
 from heads.train import inverse_frequency
 from pipeline import training as module
 from pipeline.errors import UsageError
-from pipeline.prediction import load_model
+from pipeline.prediction import load_model, predict_slide
 from pipeline.quadtree import QuadTree, build_quadtree
 from pipeline.readers import open_slide
 from pipeline.store import BagStore
@@ -113,6 +113,28 @@ def test_it_learns_what_can_be_learned(out):
     trained = train(out, table(out, all_rows(lambda i: f",{'test' if i > 11 else 'train'}"), "slide,label,split"),
                     epochs=30, lr=1e-2, **OPTIONS)  # fmt: skip
     assert trained.metrics["test"] == {"slides": 4.0, "accuracy": 1.0, "balanced_accuracy": 1.0, "auc": 1.0}
+
+
+def test_the_recipe_of_a_paper_and_what_replaces_parts_of_it(out):
+    trained = train(out, table(out, all_rows()), head="dsmil", recipe="paper", epochs=2)
+    about = load_model(trained.folder).about["training"]
+    assert {name: about[name] for name in ("recipe", "epochs", "lr", "betas", "weight_decay", "schedule")} == {
+        "recipe": "paper",
+        "epochs": 2,
+        "lr": 1e-4,
+        "betas": [0.5, 0.9],
+        "weight_decay": 1e-3,
+        "schedule": "cosine",
+    }
+
+
+@pytest.mark.parametrize("head", ["attention", "longmil", "hagmil"])
+def test_heads_that_need_places_or_levels_train_from_a_store(out, head):
+    options = {"levels": 2} if head == "hagmil" else {"width": 16}
+    trained = train(out, table(out, all_rows()), head=head, epochs=1, **options)
+    model = load_model(trained.folder)
+    assert model.level == (None if head == "hagmil" else 0.5)
+    assert predict_slide(model, BagStore(out).bag("s00.svs")).logits.isfinite().all()
 
 
 def test_a_seed_decides_the_bytes(out):
