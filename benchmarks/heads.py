@@ -92,7 +92,10 @@ def growth(rows: list[dict[str, Any]], tiles: int) -> float:
 
 
 def slope(rows: list[dict[str, Any]], what: str) -> float:
+    """Not a number where there was too little to be measured."""
     a, b = rows[-2:]
+    if min(a[what], b[what]) <= 0:
+        return math.nan
     return math.log(b[what] / a[what]) / math.log(b["tiles"] / a["tiles"])
 
 
