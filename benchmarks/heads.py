@@ -222,10 +222,11 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(1, 2, figsize=(11, 5))
-    for name in dict.fromkeys(row["head"] for row in rows):
-        mine = [row for row in rows if row["head"] == name]
+    for i, name in enumerate(dict.fromkeys(row["head"] for row in rows)):
+        style = {"marker": "o", "ms": 3, "color": f"C{i % 7}", "ls": ("-", "--", ":")[i // 7], "label": name}
         for axis, what in zip(axes, ("step s", "step MB"), strict=True):
-            axis.loglog([row["tiles"] for row in mine], [row[what] for row in mine], marker="o", ms=3, label=name)
+            mine = [row for row in rows if row["head"] == name and row[what] > 0]
+            axis.loglog([row["tiles"] for row in mine], [row[what] for row in mine], **style)
     for axis, what in zip(axes, ("training step, s", "training step, MB"), strict=True):
         axis.set(xlabel="tiles", ylabel=what)
         axis.grid(alpha=0.3)
