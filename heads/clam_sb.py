@@ -54,10 +54,8 @@ class CLAM(Head):
         super().__init__(dim, classes, **options, instance_weight=instance_weight, instance_loss=instance_loss)
         if size not in SIZES:
             raise ValueError(f"size must be one of {', '.join(SIZES)}, not {size!r}")
-        if not 0 <= instance_weight <= 1 or instances < 1:
-            raise ValueError(
-                f"instance_weight must lie in 0..1, instances at 1 or more: {instance_weight}, {instances}"
-            )
+        if not 0 <= instance_weight <= 1:
+            raise ValueError(f"instance_weight must lie in 0..1, not be {instance_weight}")
         width, attention = SIZES[size]
         rows = classes if self.attention_per_class else 1
         self.projection = nn.Sequential(nn.Linear(dim, width), nn.ReLU(), nn.Dropout(dropout))
@@ -102,6 +100,8 @@ class Instances(nn.Module):
         losses: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"svm": top1_svm, "ce": F.cross_entropy}
         if loss not in losses:
             raise ValueError(f"instance_loss must be one of {', '.join(losses)}, not {loss!r}")
+        if count < 1:
+            raise ValueError(f"instances must be at 1 or more, not {count}")
         self.count, self.subtyping, self.one_loss = count, subtyping, losses[loss]
         self.classifiers = nn.ModuleList(nn.Linear(width, 2) for _ in range(classes))
 
@@ -127,7 +127,7 @@ def _first(count: int, tiles: Tensor) -> Tensor:
 
 
 def top1_svm(scores: Tensor, labels: Tensor) -> Tensor:
-    """Smooth top-1 loss of (n, C) scores, margin 1 and temperature 1, mean over n (Berrada et al., ICLR 2018, eq. 7).
+    """Smooth top-1 loss of (n, C) scores, margin 1 and temperature 1, mean over n (Berrada et al., ICLR 2018).
 
     log Σ_j exp(s_j + [j ≠ y] - s_y), and where the largest leads by more than ln 1000 the maximum instead.
     """

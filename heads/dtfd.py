@@ -4,11 +4,12 @@ Zhang et al.: DTFD-MIL: Double-Tier Feature Distillation Multiple Instance Learn
 Classification, CVPR 2022 (arXiv 2203.12081).
 
     h_i = ReLU(P x_i); the tiles are parted at random into G pseudo-bags
-    tier 1: gated attention α_i in each, z_g = Σ α_i h_i, logits W z_g + b; a tile's own logits are W (α_i h_i) (eq. 8)
+    tier 1: gated attention α_i in each, z_g = Σ α_i h_i, logits W z_g + b; a tile's own logits are W (α_i h_i)
     distilled of each pseudo-bag: maxs its likeliest tile of the last class; maxmins that and the least likely; afs z_g
     tier 2: gated attention β over the distilled vectors, logits W' Σ β d + b'
 
-The loss is the mean of tier 1 plus that of tier 2. A tile's weight is α_i times the β of the vectors it is part of.
+The loss is the mean of tier 1 plus that of tier 2. A tile's weight is α_i times the β that its
+pseudo-bag's vectors get.
 
 What differs from the released code: in evaluation the parting is drawn from the bits of the features, so the same
 slide always gives the same answer, in any order of its tiles. As there, tier 2 does not train tier 1 (whose gradients
@@ -78,7 +79,7 @@ class DTFD(Head):
         vectors = vectors if self.options["joint"] else vectors.detach()
         beta = self.attention2(self.dropout(vectors))[:, 0].softmax(0)
         embedding = beta @ vectors
-        tiles = TileScores.place(bag.valid, raw, self._weights(alpha, beta, share, groups))
+        tiles = TileScores.place(bag.valid, raw, self._weights(alpha, beta, groups))
         return Prediction(self.classifier2(embedding), embedding, (tiles,), parts={"tier 1": self.classifier(z)})
 
     def _parted(self, x: Tensor) -> list[Tensor]:
@@ -90,12 +91,12 @@ class DTFD(Head):
         """Of one pseudo-bag: the vectors that go on, as shares of the tiles (N,)."""
         if self.options["distill"] == "afs":
             return [torch.zeros_like(alpha).index_put((rows,), alpha[rows])]
-        own = self.classifier.weight @ (alpha[rows, None] * h[rows]).T  # (C, n); a bias common to all changes no order
+        own = self.classifier.weight @ (alpha[rows, None] * h[rows]).T  # (C, n), an activation map: no bias
         likely = own.softmax(0)[-1] if self.classes > 1 else own[0]
         chosen = [likely.argmax()] if self.options["distill"] == "maxs" else [likely.argmax(), likely.argmin()]
         return [torch.zeros_like(alpha).index_fill(0, rows[one], 1.0) for one in chosen]
 
-    def _weights(self, alpha: Tensor, beta: Tensor, share: Tensor, groups: list[Tensor]) -> Tensor:
+    def _weights(self, alpha: Tensor, beta: Tensor, groups: list[Tensor]) -> Tensor:
         """(N,): attention within the pseudo-bag, times what tier 2 gives to it."""
         each = beta.unflatten(0, (len(groups), -1)).sum(1)
         weights = torch.empty_like(alpha)

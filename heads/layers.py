@@ -49,7 +49,7 @@ class NystromParts(NamedTuple):
 
 
 class NystromAttention(nn.Module):
-    """(N, dim) → (N, dim): self-attention by way of at most `landmarks` means (Xiong et al., AAAI 2021, eqs 13 to 15).
+    """(N, dim) → (N, dim): self-attention by way of at most `landmarks` means (Xiong et al., AAAI 2021).
 
     The landmarks are the means over groups of ⌈N / landmarks⌉ neighbours in the order of the tiles; the last group may
     be smaller, so nothing is padded and nothing depends on N mod landmarks. A depth-wise convolution over 33 tiles of
@@ -101,7 +101,7 @@ def group_means(x: Tensor, most: int) -> Tensor:
 
 
 def pseudo_inverse(a: Tensor, iterations: int) -> Tensor:
-    """Moore-Penrose inverse of each (m, m) by iteration (Xiong et al., eq. 11), from its own Aᵀ / (‖A‖₁ ‖A‖∞)."""
+    """Moore-Penrose inverse of each (m, m) by iteration (Xiong et al.), from its own Aᵀ / (‖A‖₁ ‖A‖∞)."""
     scale = a.abs().sum(-1).amax(-1) * a.abs().sum(-2).amax(-1)
     z = a.mT / scale[..., None, None]
     one = torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)

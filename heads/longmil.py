@@ -4,7 +4,7 @@ Li et al.: Rethinking Transformer for Long Contextual Histopathology Whole Slide
 2410.14195).
 
     h = ReLU(P x)
-    twice:  h ← h + Local(LN h), h ← h + MLP(LN h)     softmax over the tiles within R tiles (eqs 8 and 9)
+    twice:  h ← h + Local(LN h), h ← h + MLP(LN h)     softmax over the tiles within R tiles (eqs 10, 11)
     2 × 2 tiles become one, the mean of those there are
     once:   h ← h + Global(LN h), h ← h + MLP(LN h)
     logits = W LN(mean h) + b
@@ -83,8 +83,8 @@ class LongMIL(Head):
     def forward(self, bag: Bag) -> Prediction:
         self.check(bag)
         grid = bag.grid[bag.valid]
-        h, token = pool(self.local_tokens(bag), grid)
-        h = self.whole(h, self._global(pooled_grid(grid)))
+        squares, token = squares_of(grid)
+        h = self.whole(pool(self.local_tokens(bag), token), self._global(squares))
         z = self.norm(h.mean(0))
         logits = self.classifier(z)
         each = shares(h, self.norm, self.classifier)  # (C, n)
@@ -108,15 +108,10 @@ class LongMIL(Head):
         return full_rope(grid, self.options["base"])
 
 
-def pool(h: Tensor, grid: Tensor) -> tuple[Tensor, Tensor]:
-    """(N, d) → (n, d) and (N,): the means over 2 × 2 squares of the grid, and which of them each tile is in."""
-    squares, token = squares_of(grid)
-    sums = h.new_zeros(len(squares), h.shape[1]).index_add(0, token, h)
-    return sums / token.bincount(minlength=len(squares))[:, None], token
-
-
-def pooled_grid(grid: Tensor) -> Tensor:
-    return squares_of(grid)[0]
+def pool(h: Tensor, token: Tensor) -> Tensor:
+    """(N, d) → (n, d): the means over the tiles of each square, `token` (N,) as squares_of gives it."""
+    sizes = token.bincount()
+    return h.new_zeros(len(sizes), h.shape[1]).index_add(0, token, h) / sizes[:, None]
 
 
 def squares_of(grid: Tensor) -> tuple[Tensor, Tensor]:

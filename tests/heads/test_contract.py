@@ -146,7 +146,6 @@ def test_every_parameter_gets_a_gradient(make):
         head.loss(head(Bag.flat(**columns(23, seed))), seed % CLASSES).backward()
     without = {name for name, p in head.named_parameters() if p.grad is None or not (p.grad.abs() > 1e-7).any()}
     assert {name for name in without if not name.endswith(NO_GRADIENT)} == set()
-    assert len(without) <= len([name for name, _ in head.named_parameters() if name.endswith(NO_GRADIENT)])
 
 
 def test_constant_features(make):

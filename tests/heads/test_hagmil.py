@@ -203,7 +203,7 @@ def test_invalid_tiles_are_not_looked_at():
     assert out.tiles[2].raw[bag.levels[2].parent == 2].isnan().all()
 
 
-@pytest.mark.parametrize("options", [{"levels": 1}, {"k": 0}, {"k": 1.5}, {"k_train": -1}])
+@pytest.mark.parametrize("options", [{"levels": 1}, {"k": 0}, {"k": 1.5}, {"k_train": -1}, {"instances": 0}])
 def test_impossible_options_are_refused(options):
     with pytest.raises(ValueError, match="must be"):
         make(**options)

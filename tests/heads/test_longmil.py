@@ -5,7 +5,7 @@ import torch.nn.functional as F
 
 from heads import Bag, UnknownOption, load_head
 from heads.layers import alibi_slopes
-from heads.longmil import LongMIL, full_alibi, linear, pool, pooled_grid
+from heads.longmil import LongMIL, full_alibi, linear, pool, squares_of
 
 
 def parameters(module: torch.nn.Module) -> int:
@@ -121,24 +121,25 @@ def test_two_local_layers_see_twice_the_radius_and_no_farther(backend):
 @torch.no_grad()
 def test_a_full_grid_becomes_a_quarter():
     grid = torch.as_tensor(places(10, 1.0)) + 3
-    h, token = pool(torch.ones(100, 4), grid)
-    assert h.shape == (25, 4)
+    squares, token = squares_of(grid)
+    assert pool(torch.ones(100, 4), token).shape == (25, 4)
     assert (token.bincount() == 4).all()
-    assert len(pooled_grid(grid)) == 25
+    assert len(squares) == 25
 
 
 def test_squares_with_holes_average_what_is_there():
     grid = torch.tensor([[4, 6], [5, 6], [4, 7], [9, 6], [6, 9]])
-    h, token = pool(torch.tensor([[1.0], [2.0], [6.0], [10.0], [20.0]]), grid)
+    squares, token = squares_of(grid)
+    h = pool(torch.tensor([[1.0], [2.0], [6.0], [10.0], [20.0]]), token)
     assert h[token][:, 0].tolist() == [3, 3, 3, 10, 20]
-    assert pooled_grid(grid).tolist() == [[0, 0], [1, 1], [2, 0]]
+    assert squares.tolist() == [[0, 0], [1, 1], [2, 0]]
 
 
 @torch.no_grad()
 def test_scores_of_the_tiles_of_a_square_are_those_of_the_square():
     head, tiles = small(), bag()
     scores = head(tiles).tiles[0]
-    _, token = pool(tiles.features, tiles.grid)
+    _, token = squares_of(tiles.grid)
     for square in range(int(token.max()) + 1):
         assert len(scores.raw[token == square].unique()) == len(scores.weight[token == square].unique()) == 1
     per_token = torch.stack([scores.per_class[:, token == s][:, 0] for s in range(int(token.max()) + 1)], dim=1)
