@@ -190,14 +190,15 @@ def predict(source: str | Path, model: str | Path, out: str | Path | None = None
     report = _predict_store(place, trained, names)
     predicted = {outcome.slide for outcome in report.outcomes}
     rest = [outcome for outcome in made.outcomes if outcome.slide not in predicted]
-    return replace(report, outcomes=(*report.outcomes, *rest), meter=made.meter, interrupted=made.interrupted)
+    outcomes, seconds = (*report.outcomes, *rest), made.seconds + report.seconds
+    return replace(report, outcomes=outcomes, seconds=seconds, meter=made.meter, interrupted=made.interrupted)
 
 
 def _predict_store(out: Path, model: "Model", only: set[str] | None = None) -> Report:
     """Every slide of a store that is complete. UsageError if none has features that fit the model."""
     from .prediction import predict_stored, write_predictions
 
-    store = BagStore(out)
+    started, store = time.time(), BagStore(out)
     table: list[tuple[str, Any]] = []
     outcomes = []
     for slide in store.slides():
@@ -216,4 +217,4 @@ def _predict_store(out: Path, model: "Model", only: set[str] | None = None) -> R
     if not table and faults and all(outcome.stage == "predict" for outcome in faults):
         raise UsageError(f"{out}: {faults[0].message}")
     write_predictions(out / "predictions" / f"{model.name}.csv", model.classes, table)
-    return Report(tuple(outcomes))
+    return Report(tuple(outcomes), seconds=time.time() - started)

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from pipeline.batch import predict
 from pipeline.errors import BrokenBag, UsageError
 from pipeline.outcome import read_outcomes
 from pipeline.prediction import load_model, predict_stored
@@ -369,6 +370,12 @@ def test_missing_model_names_those_that_are_there(model, refused, cohort):
     words = refused("predict", cohort.out, "--model", "unknown")
     assert "no model at unknown" in words
     assert "known" in words.split("models there: ")[1]
+
+
+def test_predicting_tells_how_long_it_took(model, cohort):
+    report = predict(cohort.out, model)
+    assert report.seconds > 0
+    assert all(outcome.status in ("done", "empty") for outcome in report.outcomes)
 
 
 def test_model_for_other_features(model, slide, line, cli):
