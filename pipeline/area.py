@@ -121,6 +121,6 @@ def halve(pixels: np.ndarray) -> np.ndarray:
 
 
 def to_uint8(pixels: np.ndarray) -> np.ndarray:
-    """Whole grey levels, halves rounded up; a copy of its own."""
+    """Whole grey levels, halves rounded up; what is uint8 is so already."""
     # OpenCV rounds halves to even: a quarter of the smallest step pushes them over and nothing else.
-    return pixels.copy() if pixels.dtype == np.uint8 else cv2.convertScaleAbs(pixels, alpha=1 / GREY, beta=0.25 / GREY)
+    return pixels if pixels.dtype == np.uint8 else cv2.convertScaleAbs(pixels, alpha=1 / GREY, beta=0.25 / GREY)

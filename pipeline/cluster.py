@@ -53,7 +53,7 @@ DASK = {
     "distributed.scheduler.allowed-failures": 0,  # we try suspects again ourselves, each alone
     "distributed.worker.daemon": True,
     "distributed.admin.system-monitor.gil.enabled": False,
-    "distributed.worker.profile.enabled": False,  # looks at every thread a hundred times a second, and keeps what it saw
+    "distributed.worker.profile.enabled": False,  # it keeps what every thread did, second by second
 }
 MAX_WORKERS = 16  # unless told
 CORES_PER_ENCODER = 4  # of a CPU: more threads on one batch gain little

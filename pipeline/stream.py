@@ -18,12 +18,15 @@ from .errors import CorruptTiles
 from .quadtree import QuadTree
 from .slide import READ_PX, Box, Slide, Window, read_mean, source_level, window
 
-GROUP_PX = 2048  # small nodes that fill a square of up to this edge, in pixels of the source, are read together
+GROUP_PX = 2048
 QUARTERS = ((0, 0), (1, 0), (0, 1), (1, 1))  # (column, row)
 
 
 class Tile(NamedTuple):
-    """`row` counts the encoded rows in table order; `pixels` (tile_px, tile_px, 3) uint8, None if unreadable."""
+    """`row` counts the encoded rows in table order; `pixels` (tile_px, tile_px, 3) uint8, None if unreadable.
+
+    Where nothing was averaged they are a view of the block that was read: who keeps a few tiles of many copies them.
+    """
 
     row: int
     pixels: np.ndarray | None
@@ -88,25 +91,25 @@ class TileReader:
     def _groups(self) -> Iterator[Block]:
         """Rows of the top level in squares as large as is useful: their rows stand together, in Morton order."""
         part = self.tree.levels[self._top]
-        side, count = 1, len(part.grid)
+        side, grid = 1, part.grid.tolist()
         if self.tree.regular and not self.tree.overlap:
             while 2 * side * part.span_px <= GROUP_PX * self._scale:
                 side *= 2
         row = 0
-        while row < count:
+        while row < len(grid):
             size = side
-            while size > 1 and not self._is_square(part.grid, row, size):
+            while size > 1 and not self._is_square(grid, row, size):
                 size //= 2
             yield self._square(self._top, row, size)
             row += size * size
 
     @staticmethod
-    def _is_square(grid: np.ndarray, row: int, size: int) -> bool:
+    def _is_square(grid: list[list[int]], row: int, size: int) -> bool:
         """True if the size² rows from this one on are all the nodes of one square."""
-        last = row + size * size - 1
-        if last >= len(grid) or (grid[row] % size).any():
+        (column, line), last = grid[row], row + size * size - 1
+        if last >= len(grid) or column % size or line % size:
             return False
-        return bool((grid[last] - grid[row] == size - 1).all())
+        return grid[last] == [column + size - 1, line + size - 1]
 
     def _square(self, level: int, row: int, size: int) -> Block:
         column, line = self.tree.levels[level].grid[row].tolist()

@@ -19,7 +19,7 @@ from pipeline.demo import write_slide
 from pipeline.errors import CorruptTiles
 from pipeline.quadtree import build_quadtree
 from pipeline.readers import open_slide, tifftiles
-from pipeline.readers.tifftiles import TileCache, TilePage
+from pipeline.readers.tifftiles import TileCache, TilePage, _unaligned
 from pipeline.slide import ReadCost, Window
 from pipeline.stream import TileReader
 from pipeline.tissue import TissueMask
@@ -438,6 +438,12 @@ def test_tiles_that_the_file_leaves_out_are_white(tmp_path, smooth, compression)
         else:
             assert abs(tile.astype(int) - smooth[y : y + 64, x : x + 64]).mean() < 9
     assert cost.pixels == 6 * 64**2
+
+
+@pytest.mark.parametrize("count", [1, 31, 3 * 64 * 64, 3 * 256 * 256])
+def test_what_a_tile_is_decoded_into_begins_at_no_multiple_of_32(count):
+    kept = [_unaligned(count) for _ in range(50)]
+    assert all(out.shape == (count,) and out.ctypes.data % 32 for out in kept)
 
 
 @pytest.mark.parametrize("sparse", [False, True])
