@@ -213,6 +213,8 @@ class TileReader:
 
     def _cut(self, block: Block, pixels: np.ndarray) -> Part:
         """The tiles of a block and all below it, from its pixels at the finest level."""
+        if block.side == 1 and block.level == self._bottom:
+            return Part(self._tiles(block.level, block.low, block.high, pixels), pixels)
         tiles: list[Tile] = []
         origin = np.array([block.column, block.line], np.int64)
         for k, low, high in reversed(self._below(block.level, block.low, block.high)):

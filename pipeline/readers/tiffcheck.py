@@ -125,13 +125,17 @@ def _jpeg_fault(data: bytes, rows: int, columns: int, page: tifffile.TiffPage) -
     return ""
 
 
+FRAME = struct.Struct(">BBHBHHB")  # 0xFF, marker, length, bits, height, width, components
+
+
 def _frame_header(stream: bytes) -> tuple[int, int, int]:
     """(height, width, components) of a JPEG stream; zeros where it has none."""
-    at = 2
-    while at + 9 < len(stream) and stream[at] == 0xFF:
-        marker = stream[at + 1]
+    at, end = 2, len(stream) - 10
+    while at <= end:
+        begins, marker, length, _, height, width, components = FRAME.unpack_from(stream, at)
+        if begins != 0xFF:
+            break
         if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
-            height, width, components = struct.unpack(">HHB", stream[at + 5 : at + 10])
             return height, width, components
-        at += 2 + int.from_bytes(stream[at + 2 : at + 4], "big")
+        at += 2 + length
     return 0, 0, 0

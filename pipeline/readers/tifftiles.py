@@ -180,13 +180,16 @@ class TilePage:
         try:
             if self._jpeg_head:
                 buffer = _unaligned(self._rows * self._columns * 3)
-                return simplejpeg.decode_jpeg(self._jpeg_head + data[2:], buffer=buffer)
+                return simplejpeg.decode_jpeg(self._whole_jpeg(data), buffer=buffer)
             segment, _, shape = self._decode(data, index, jpegtables=self.page.jpegtables)
             if segment is None:
                 raise ValueError("it is empty")
             return to_rgb(segment[0, : shape[1], : shape[2]], self.page)
         except Exception as error:
             raise self._corrupt(index, f"does not decode: {error}") from error
+
+    def _whole_jpeg(self, data: bytes) -> bytes:
+        return data if len(self._jpeg_head) == 2 else self._jpeg_head + data[2:]
 
     def _corrupt(self, index: int, what: str) -> CorruptTiles:
         return CorruptTiles(str(self.path), "encode", f"tile {index} of {self.name} {what}")
