@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+GAP = 256  # tiles between two slides of one bag: more than any head looks
+
 Array = Tensor | np.ndarray
 Device = torch.device | str
 
@@ -120,6 +122,25 @@ class Bag:
             features, grid=grid, tissue=tissue, valid=valid, xy=xy, mpp=mpp, tile_px=tile_px, span_px=span_px
         )
         return cls([level], slide)
+
+    @classmethod
+    def joined(cls, bags: Sequence["Bag"], slide: str = "") -> "Bag":
+        """The slides of one patient as one bag: side by side on the grid, out of each other's sight."""
+        if len(bags) == 1:
+            return bags[0]
+        counts = sorted({len(bag.levels) for bag in bags})
+        if len(counts) > 1:
+            raise BadBag(f"slides with {' and '.join(map(str, counts))} levels cannot be one bag")
+        apart = _side_by_side(bags)
+        levels = [_joined_level([bag.levels[k] for bag in bags], apart << k) for k in range(counts[0])]
+        above = [0] * len(bags)
+        for k, level in enumerate(levels):
+            if k:
+                shift = [torch.full_like(bag.levels[k].parent, start) for bag, start in zip(bags, above, strict=True)]
+                levels[k] = replace(level, parent=level.parent + torch.cat(shift))
+            ends = np.cumsum([len(bag.levels[k]) for bag in bags]).tolist()
+            above = [0, *ends[:-1]]
+        return cls(levels, slide or bags[0].slide)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "levels", tuple(self.levels))
@@ -238,6 +259,33 @@ class Prediction:
     @property
     def probabilities(self) -> Tensor:
         return self.logits.softmax(-1)
+
+
+def _side_by_side(bags: Sequence[Bag]) -> Tensor:
+    """(B,) columns of the coarsest level by which each bag is moved, so that they stand GAP tiles apart."""
+    moves, free = [], 0
+    for bag in bags:
+        grid = bag.levels[0].grid
+        first, last = (0, 0) if grid is None else (int(grid[:, 0].min()), int(grid[:, 0].max()))
+        move = free - first + (free - first) % 2  # an even number: what is pooled together stays together
+        moves.append(move)
+        free = last + move + 1 + GAP
+    return torch.tensor(moves)
+
+
+def _joined_level(levels: Sequence[BagLevel], moves: Tensor) -> BagLevel:
+    first = levels[0]
+    columns: dict[str, Tensor | None] = {}
+    for name in COLUMNS:
+        parts = [getattr(level, name) for level in levels]
+        known = [part for part in parts if part is not None]
+        if name == "grid" and len(known) == len(parts):
+            known = [grid + grid.new_tensor([move, 0]) for grid, move in zip(known, moves.tolist(), strict=True)]
+        if name == "features" and known and len(known) < len(parts):
+            raise BadBag("slides of which only some have features at a level cannot be one bag")
+        columns[name] = torch.cat(known) if len(known) == len(parts) else None
+    mpp = first.mpp if all(level.mpp == first.mpp for level in levels) else None
+    return BagLevel(**columns, mpp=mpp, tile_px=first.tile_px)  # type: ignore[arg-type]
 
 
 def _column(name: str, values: Tensor, count: int) -> Tensor:

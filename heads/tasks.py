@@ -8,9 +8,11 @@ A target is what `loss` takes: Classification a class, MultiLabel (C,) of 0 and 
 Survival (bin of the time, 1 if the event was seen or 0 if the patient was lost from sight).
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -106,6 +108,12 @@ class Regression:
     centre: float = 0.0
     scale: float = 1.0
 
+    @classmethod
+    def of(cls, numbers: Sequence[float] | np.ndarray) -> "Regression":
+        """Centred on the numbers of the training slides."""
+        spread = float(np.std(numbers))
+        return cls(float(np.mean(numbers)), spread if spread > 0 else 1.0)
+
     @property
     def outputs(self) -> int:
         return 1
@@ -123,10 +131,25 @@ class Survival:
 
     S(t) = Π_{u ≤ t} (1 - h_u). Event in bin y: -log S(y - 1) - log h(y); lost from sight in bin y: -log S(y).
     alpha: with a share of 1 - alpha the loss is that of all slides, with alpha that of those with an event only.
+    cuts: the bins - 1 times between bins, where they are known.
     """
 
     bins: int = 4
     alpha: float = 0.0
+    cuts: tuple[float, ...] = ()
+
+    @classmethod
+    def of(cls, times: np.ndarray, seen: np.ndarray, bins: int = 4) -> "Survival":
+        """Bins that hold as many seen events each; fewer, where the times do not part so many."""
+        events = np.asarray(times, float)[np.asarray(seen, bool)]
+        if not len(events):
+            raise ValueError("no event was seen: survival cannot be learned from slides without one")
+        cuts = np.unique(np.quantile(events, np.arange(1, bins) / bins))
+        cuts = cuts[cuts > events.min()]  # else nobody is in the first bin
+        return cls(len(cuts) + 1, cuts=tuple(cuts.tolist()))
+
+    def bin(self, time: float) -> int:
+        return int(np.searchsorted(self.cuts, time, side="right"))
 
     @property
     def outputs(self) -> int:
@@ -144,3 +167,26 @@ class Survival:
     def predict(self, logits: Tensor) -> Tensor:
         """The risk: minus the expected number of bins survived."""
         return -(1 - logits.sigmoid()).cumprod(-1).sum(-1)
+
+
+KINDS: dict[str, type] = {
+    "classification": Classification,
+    "multilabel": MultiLabel,
+    "ordinal": Ordinal,
+    "regression": Regression,
+    "survival": Survival,
+}
+
+
+def describe(task: Task) -> dict[str, Any]:
+    """A task as plain values, for JSON."""
+    kind = next(name for name, made in KINDS.items() if isinstance(task, made))
+    return {"kind": kind} | asdict(task)  # type: ignore[call-overload]
+
+
+def task_of(description: dict[str, Any]) -> Task:
+    """The task that `describe` described."""
+    kind = str(description["kind"])
+    fields = {name: value for name, value in description.items() if name != "kind"}
+    task: Task = KINDS[kind](**{name: tuple(v) if isinstance(v, list) else v for name, v in fields.items()})
+    return task

@@ -178,12 +178,18 @@ def bag_loss(head: Head, bags: Sequence[Bag], targets: Any, i: int, task: Task) 
 
 
 @torch.no_grad()
-def predict(head: Head, bags: Sequence[Bag]) -> np.ndarray:
-    """(n, C) probabilities, float64. Leaves the head in eval mode."""
+def logits_of(head: Head, bags: Sequence[Bag]) -> np.ndarray:
+    """(n, outputs), float64. Leaves the head in eval mode."""
     head.eval()
     device = next(head.parameters()).device
-    rows = [head(bags[i].to(device)).logits.double().softmax(-1).cpu().numpy() for i in range(len(bags))]
+    rows = [head(bags[i].to(device)).logits.double().cpu().numpy() for i in range(len(bags))]
     return np.stack(rows) if rows else np.empty((0, head.classes))
+
+
+def predict(head: Head, bags: Sequence[Bag], task: Task | None = None) -> np.ndarray:
+    """What the task says of each bag, by default (n, C) probabilities. Leaves the head in eval mode."""
+    outputs: np.ndarray = (task or head.task).predict(torch.from_numpy(logits_of(head, bags))).numpy()
+    return outputs
 
 
 def split(

@@ -153,65 +153,158 @@ def _run_options(values: dict[str, Any], **flags: Any) -> dict[str, Any]:
     return options
 
 
+LabelsFile = Annotated[Path, typer.Option("--labels", help="a table slide,label[,patient][,site][,split]")]
+Level = Annotated[float | None, typer.Option("--level", help="µm/px of the level that is read [default: the finest]")]
+WhichEncoder = Annotated[str | None, typer.Option("--encoder", "-e", help="which features, where there are several")]
+Task = Annotated[str, typer.Option("--task", help="classification, multilabel, ordinal, regression or survival")]
+Target = Annotated[str, typer.Option("--target", help="the column of the table that is asked for")]
+Group = Annotated[str, typer.Option("--group", help="the column of slides that are never parted")]
+Site = Annotated[str | None, typer.Option("--site", help="a column of sites that are never parted, such as hospitals")]
+Unit = Annotated[str, typer.Option("--unit", help="slide, or patient: all slides of one are one bag")]
+Folds = Annotated[int | None, typer.Option("--cv", min=2, help="folds of a cross-validation")]
+Splits = Annotated[Path | None, typer.Option("--splits", help="fold files as CLAM's: splits_0.csv, or their folder")]
+SplitBy = Annotated[str | None, typer.Option("--split-by", help="tiles: the third of slides with most is the test")]
+Seeds = Annotated[int, typer.Option("--seeds", min=1, help="how often the folds are drawn and trained anew")]
+HowTrained = Annotated[str, typer.Option("--recipe", help="default, or paper: as the head's authors trained it")]
+Epochs = Annotated[int | None, typer.Option("--epochs", min=1, help="instead of the recipe's; so the next four")]
+Patience = Annotated[int | None, typer.Option("--patience", min=1, help="epochs without a better validation loss")]
+LearningRate = Annotated[float | None, typer.Option("--lr", min=0)]
+WeightDecay = Annotated[float | None, typer.Option("--weight-decay", min=0)]
+Keep = Annotated[str | None, typer.Option("--keep", help="of all epochs the best, the last, or average5")]
+Seed = Annotated[int, typer.Option("--seed")]
+Bags = Annotated[Path, typer.Argument(help="an output folder of `slidestream run`, or one of .h5, .pt or .npy files")]
+
+
 @app.command()
 def train(
-    out: OutFolder,
-    labels: Annotated[Path, typer.Option("--labels", help="a table slide,label[,patient][,split]")],
+    out: Bags,
+    labels: LabelsFile,
     head: Annotated[
         str, typer.Option("--head", help="abmil, clam_sb, longmil, … (an unknown name lists all), or module:function")
     ] = "abmil",
     name: Annotated[str | None, typer.Option("--name", help="of the model [default: the head's]")] = None,
-    level: Annotated[
-        float | None, typer.Option("--level", help="µm/px of the level that is read [default: the finest]")
-    ] = None,
-    encoder: Annotated[
-        str | None, typer.Option("--encoder", "-e", help="which features, where there are several")
-    ] = None,
-    recipe: Annotated[
-        str, typer.Option("--recipe", help="how it is trained: default, or paper, as the head's authors did")
-    ] = "default",
-    epochs: Annotated[
-        int | None, typer.Option("--epochs", min=1, help="instead of the recipe's; so the next three")
-    ] = None,
-    patience: Annotated[
-        int | None, typer.Option("--patience", min=1, help="epochs without a better validation loss")
-    ] = None,
-    lr: Annotated[float | None, typer.Option("--lr", min=0)] = None,
-    weight_decay: Annotated[float | None, typer.Option("--weight-decay", min=0)] = None,
-    seed: Annotated[int, typer.Option("--seed")] = 0,
+    level: Level = None,
+    encoder: WhichEncoder = None,
+    task: Task = "classification",
+    target: Target = "label",
+    group: Group = "patient",
+    site: Site = None,
+    unit: Unit = "slide",
+    cv: Folds = None,
+    splits: Splits = None,
+    split_by: SplitBy = None,
+    seeds: Seeds = 1,
+    recipe: HowTrained = "default",
+    epochs: Epochs = None,
+    patience: Patience = None,
+    lr: LearningRate = None,
+    weight_decay: WeightDecay = None,
+    keep: Keep = None,
+    seed: Seed = 0,
     option: Annotated[
         list[str] | None, typer.Option("--option", help="of the head, as name=value; may be repeated")
     ] = None,
 ) -> None:
-    """Train an attention head on stored features; writes OUT/models/<name>.
+    """Train an attention head on features; writes OUT/models/<name>.
 
     \b
     slidestream train out/ --labels labels.csv --head abmil
     slidestream train out/ --labels labels.csv --head abmil --option gated=false --name plain --level 1.0
-    slidestream train out/ --labels labels.csv --head clam_sb --recipe paper
+    slidestream train out/ --labels labels.csv --head clam_sb --recipe paper --cv 5 --seeds 3 --site hospital
     """
+    settings = {k: v for k, v in locals().items() if k not in ("out", "labels", "option")}
+    from .evaluation import summary_lines
     from .training import train as train_head
 
-    trained = train_head(
-        out,
-        labels,
-        head=head,
-        name=name,
-        level=level,
-        encoder=encoder,
-        recipe=recipe,
-        epochs=epochs,
-        patience=patience,
-        lr=lr,
-        weight_decay=weight_decay,
-        seed=seed,
-        **_options(option or []),
-    )
+    trained = train_head(out, labels, **settings, **_options(option or []))
     for warning in trained.warnings:
         _say(f"note: {warning}")
+    for line in summary_lines(trained.results) if trained.results else ():
+        _say(line)
     for part, metrics in trained.metrics.items():
         _say(f"{part:6}" + "  ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
     _say(f"best epoch {trained.best_epoch + 1}; the model is in {trained.folder}")
+
+
+@app.command()
+def compare(
+    out: Bags,
+    labels: LabelsFile,
+    heads: Annotated[str, typer.Option("--heads", help="with commas between; abmil@1.0 reads the level of 1 µm/px")],
+    name: Annotated[str, typer.Option("--name", help="of the file with the results")] = "compare",
+    encoder: WhichEncoder = None,
+    task: Task = "classification",
+    target: Target = "label",
+    group: Group = "patient",
+    site: Site = None,
+    unit: Unit = "slide",
+    cv: Folds = None,
+    splits: Splits = None,
+    split_by: SplitBy = None,
+    seeds: Seeds = 1,
+    recipe: HowTrained = "default",
+    epochs: Epochs = None,
+    patience: Patience = None,
+    lr: LearningRate = None,
+    weight_decay: WeightDecay = None,
+    keep: Keep = None,
+    seed: Seed = 0,
+) -> None:
+    """Train several heads on the same folds, 5 unless told otherwise, and test their differences in pairs.
+
+    \b
+    slidestream compare out/ --labels labels.csv --heads mean,abmil,longmil
+    slidestream compare out/ --labels labels.csv --heads abmil@0.5,abmil@1.0 --cv 10 --seeds 5
+    """
+    settings = {k: v for k, v in locals().items() if k not in ("out", "labels", "heads")}
+    from .compare import compare as compare_heads
+
+    found = compare_heads(
+        out,
+        labels,
+        heads=[head.strip() for head in heads.split(",") if head.strip()],
+        on_head=lambda head, trained: _say(f"{head}: {trained.folder}"),
+        **settings,
+    )
+    for line in (*(f"note: {warning}" for warning in found.warnings), *found.lines(), str(found.file)):
+        _say(line)
+
+
+@app.command()
+def probe(
+    out: Bags,
+    labels: LabelsFile,
+    knn: Annotated[bool, typer.Option("--knn", help="the nearest slides vote")] = False,
+    linear: Annotated[bool, typer.Option("--linear", help="logistic regression")] = False,
+    pooling: Annotated[str, typer.Option("--pooling", help="a slide is the mean or the max of its tiles")] = "mean",
+    model: Annotated[str | None, typer.Option("--model", "-m", help="or what this model makes of it")] = None,
+    level: Level = None,
+    encoder: WhichEncoder = None,
+    target: Target = "label",
+    group: Group = "patient",
+    site: Site = None,
+    unit: Unit = "slide",
+    cv: Folds = None,
+    splits: Splits = None,
+    split_by: SplitBy = None,
+    seeds: Seeds = 1,
+    seed: Seed = 0,
+) -> None:
+    """What features say by themselves: nearest neighbours and logistic regression on a vector a slide, out of fold.
+
+    \b
+    slidestream probe out/ --labels labels.csv
+    slidestream probe out/ --labels labels.csv --knn --pooling max --cv 10
+    """
+    settings = {k: v for k, v in locals().items() if k not in ("out", "labels")}
+    if not knn and not linear:
+        settings |= {"knn": True, "linear": True}
+    from .probe import lines
+    from .probe import probe as probe_features
+
+    found = probe_features(out, labels, **settings)
+    for line in (*(f"note: {warning}" for warning in found["warnings"]), *lines(found)):
+        _say(line)
 
 
 def _options(pairs: list[str]) -> dict[str, Any]:
@@ -411,6 +504,9 @@ def main() -> None:
     """The console command. Exits 0, 1 usage, 2 nothing succeeded, 3 some failed, 4 had to stop, 130 interrupted."""
     sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]  # names that are not UTF-8
     sys.stderr.reconfigure(errors="replace")  # type: ignore[union-attr]
+    os.environ.setdefault(
+        "OMP_WAIT_POLICY", "PASSIVE"
+    )  # on a shared machine threads that spin double a training's time
     sys.path.insert(0, os.getcwd())  # so that module:function finds what stands in the current folder
     try:
         code = app(standalone_mode=False)

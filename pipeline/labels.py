@@ -1,39 +1,66 @@
-"""Label tables: `slide,label[,patient][,split]`, matched with the slides of a store.
+"""Label tables: `slide,label[,patient][,site][,split]`, matched with slides that have features.
 
 Nothing is left out quietly: unknown, missing and unusable slides are listed, and what contradicts itself is refused.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from .errors import UsageError
-from .output import read_run
-from .store import BagStore
 from .tables import SlideNames, read_table
 
 SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 
 
+class Slides(Protocol):
+    """Who has features: an output folder of ours, or files that others made."""
+
+    root: Path
+
+    def slides(self) -> list[str]: ...
+    def origin(self) -> Path:
+        """What the names of slides are relative to."""
+        ...
+
+    def has_features(self, slide: str) -> bool: ...
+
+
 @dataclass(frozen=True)
 class Labels:
-    """The labelled slides that can be used: parallel lists, and what the user should know about the rest."""
+    """The labelled slides that can be used, sorted; their rows; and what the user should know about the rest."""
 
+    table: Path
     slides: list[str]
-    labels: list[str]
-    patients: list[str] | None
-    splits: list[str] | None
+    rows: list[dict[str, str]]
+    splits: list[str] | None  # train, val or test, None where the table does not say
     warnings: tuple[str, ...] = ()
 
+    def column(self, name: str) -> list[str] | None:
+        """The cells of a column, None if there is none. An empty one is a patient, or a site, of its own."""
+        if any(name not in row for row in self.rows):
+            return None
+        return [row[name] or slide for slide, row in zip(self.slides, self.rows, strict=True)]
 
-def read_labels(path: str | Path, store: BagStore) -> Labels:
-    """Match a label table with a store. Raises UsageError if it contradicts itself or nothing of it can be used."""
-    root = read_run(store.root).get("root")
-    if root is None:
-        raise UsageError(f"{store.root} is no output folder of `slidestream run`")
-    table = read_table(path, ("slide", "label"))
-    names = SlideNames(store.slides(), Path(root))
-    rows, unknown = _match(Path(path), table, names)
-    usable = {slide: row for slide, row in rows.items() if store.group(slide).status == "complete"}
+    def required(self, name: str) -> list[str]:
+        cells = self.column(name)
+        if cells is None:
+            raise UsageError(f"{self.table}: it has no column {name!r}; there are {', '.join(self.rows[0])}")
+        return cells
+
+
+def read_labels(
+    path: str | Path, features: Slides, columns: tuple[str, ...] = ("label",), may_be_empty: bool = False
+) -> Labels:
+    """Match a label table with slides. `columns` must be there; a cell of them is empty only where it may be.
+
+    Raises UsageError if the table contradicts itself or nothing of it can be used.
+    """
+    path = Path(path)
+    names = SlideNames(features.slides(), features.origin())
+    rows, unknown = _match(path, read_table(path, ("slide", *columns)), names, () if may_be_empty else columns)
+    usable = {slide: row for slide, row in rows.items() if features.has_features(slide)}
     warnings = [
         _listed("rows name no slide of this store", unknown),
         _listed("labelled slides have no features (empty or unfinished)", sorted(rows.keys() - usable.keys())),
@@ -41,24 +68,22 @@ def read_labels(path: str | Path, store: BagStore) -> Labels:
     ]
     if not usable:
         raise UsageError(
-            f"{path}: not one row names a slide with features in {store.root}. {' '.join(filter(None, warnings))}"
+            f"{path}: not one row names a slide with features in {features.root}. {' '.join(filter(None, warnings))}"
         )
     slides = sorted(usable)
-    return Labels(
-        slides,
-        [usable[slide]["label"] for slide in slides],
-        _column(usable, slides, "patient"),
-        _splits(path, usable, slides),
-        tuple(filter(None, warnings)),
-    )
+    splits = _splits(path, usable, slides)
+    return Labels(path, slides, [usable[slide] for slide in slides], splits, tuple(filter(None, warnings)))
 
 
-def _match(path: Path, table: list[dict[str, str]], names: SlideNames) -> tuple[dict[str, dict[str, str]], list[str]]:
+def _match(
+    path: Path, table: list[dict[str, str]], names: SlideNames, filled: tuple[str, ...]
+) -> tuple[dict[str, dict[str, str]], list[str]]:
     rows: dict[str, dict[str, str]] = {}
     unknown = []
     for row in table:
-        if not row["label"]:
-            raise UsageError(f"{path}: {row['slide']!r} has an empty label; leave the row out if it is unknown")
+        for column in filled:
+            if not row[column]:
+                raise UsageError(f"{path}: {row['slide']!r} has an empty {column}; leave the row out if it is unknown")
         slide = names.find(row["slide"], path)
         if slide is None:
             unknown.append(row["slide"])
@@ -67,13 +92,7 @@ def _match(path: Path, table: list[dict[str, str]], names: SlideNames) -> tuple[
     return rows, unknown
 
 
-def _column(rows: dict[str, dict[str, str]], slides: list[str], name: str) -> list[str] | None:
-    if any(name not in rows[slide] for slide in slides):
-        return None
-    return [rows[slide][name] or slide for slide in slides]  # an empty patient cell is a patient of its own
-
-
-def _splits(path: str | Path, rows: dict[str, dict[str, str]], slides: list[str]) -> list[str] | None:
+def _splits(path: Path, rows: dict[str, dict[str, str]], slides: list[str]) -> list[str] | None:
     if any("split" not in rows[slide] for slide in slides):
         return None
     for slide in slides:
@@ -82,5 +101,6 @@ def _splits(path: str | Path, rows: dict[str, dict[str, str]], slides: list[str]
     return [SPLITS[rows[slide]["split"].lower()] for slide in slides]
 
 
-def _listed(what: str, names: list[str]) -> str:
+def _listed(what: str, names: Iterable[str]) -> str:
+    names = list(names)
     return f"{len(names)} {what}: {', '.join(names[:10])}{', …' if len(names) > 10 else ''}." if names else ""

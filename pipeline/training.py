@@ -1,61 +1,112 @@
-"""Labels × stored bags → a trained model folder. The loop itself stands in heads.train."""
+"""Labels × bags → trained model folders, judged on slides that they have not seen. The loop stands in heads.train."""
 
 import re
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from heads import BadBag, Bag, Head, UnknownName, UnknownOption, load_head
+from heads import BadBag, Head, UnknownName, UnknownOption, load_head
+from heads.metrics import Metrics, measure
 from heads.recipe import Recipe
-from heads.train import fit, split
-from heads.train import predict as predict_bags
+from heads.tasks import Task, describe, task_of
+from heads.train import History, fit, logits_of
 
+from .bags import Chosen, choose_level
+from .cohort import Cohort, read_cohort
+from .config import digest
+from .curves import save_curves
 from .errors import BrokenBag, UsageError
-from .labels import Labels, read_labels
-from .output import read_run
-from .prediction import save_model
-from .store import BagStore, read_attrs
+from .evaluation import Answers, Pooled, chosen_on, outputs_of, summary, write_answers, write_json
+from .folds import Fold, all_for_training, by_tiles, cross_validation, from_table, read_folds
+from .prediction import load_model, save_model
 
-CACHE_BYTES = 4 << 30  # of bags that are kept in memory between epochs
-
-
-class StoredBags(Sequence[Bag]):
-    """The bags of named slides, read when they are asked for; kept in memory while they fit."""
-
-    def __init__(self, store: BagStore, slides: Iterable[str], encoder: str, level: float | None) -> None:
-        self.store, self.slides, self.encoder, self.level = store, list(slides), encoder, level
-        self._kept: dict[int, Bag] = {}
-        self._bytes = 0
-
-    def __len__(self) -> int:
-        return len(self.slides)
-
-    def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        if index in self._kept:
-            return self._kept[index]
-        bag = self.store.bag(self.slides[index], self.encoder)
-        bag = bag if self.level is None else bag.at(self.level)
-        if self._bytes < CACHE_BYTES:
-            self._kept[index] = bag
-            self._bytes += bag.features.nbytes
-        return bag
+OnEpoch = Callable[[int, float, float | None], None]
 
 
 @dataclass(frozen=True)
 class Trained:
-    """A finished training: the model's folder, its metrics by part (train, val, test), and warnings."""
+    """A finished training: the model's folder, its metrics by part (train, val, test), and warnings.
+
+    results: what results.json says of slides outside the folds that were trained on, and `pooled` the answers it is
+    made of; None without --cv and the like.
+    """
 
     folder: Path
-    metrics: dict[str, dict[str, float]]
+    metrics: dict[str, Metrics]
     best_epoch: int
+    parameters: int
     warnings: tuple[str, ...]
+    results: dict[str, Any] | None = None
+    pooled: Pooled | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How heads are trained: the same for every fold."""
+
+    head: str
+    options: dict[str, Any]
+    recipe: str
+    changes: dict[str, Any]  # of the recipe
+    level: float | None
+
+    def new_head(self, dim: int, task: Task, seed: int) -> Head:
+        """Its first weights are drawn from `seed`, without disturbing anyone else's random numbers."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            try:
+                return load_head(self.head, dim, task.outputs, **self.options)
+            except (UnknownName, UnknownOption, TypeError, ValueError) as error:
+                raise UsageError(str(error)) from error
+
+    def recipe_of(self, model: Head) -> Recipe:
+        known = {"default": Recipe()} | model.recipes
+        if self.recipe not in known:
+            raise UsageError(f"{self.head} has no recipe {self.recipe!r}; known are {', '.join(known)}")
+        try:
+            return replace(known[self.recipe], **self.changes)
+        except ValueError as error:
+            raise UsageError(f"{self.head}: {error}") from error
+
+    def level_of(self, model: Head, cohort: Cohort) -> float | None:
+        """What it reads of each bag: one level, or (None) all."""
+        return choose_level(cohort.features.levels, self.level) if model.needs.levels == 1 else None
+
+
+@dataclass(frozen=True, eq=False)
+class Learned:
+    """A head that was trained on one fold, and what it says of each part of it."""
+
+    fold: Fold
+    seed: int
+    model: Head
+    level: float | None
+    task: Task
+    recipe: Recipe
+    history: History
+    logits: dict[str, np.ndarray]
+    threshold: float | None
+    temperature: float | None
+
+    def metrics(self, cohort: Cohort) -> dict[str, Metrics]:
+        """Of each part."""
+        found, truth = {}, cohort.targets.truth
+        for part, rows in self.fold.parts().items():
+            counted = {f"{cohort.unit}s": float(len(rows))}
+            found[part] = counted | measure(
+                self.task, outputs_of(self.task, self.logits[part]), truth[rows], self.threshold
+            )
+        return found
+
+    def answers(self) -> Answers:
+        """Of the slides it was not trained on."""
+        rows, logits = self.fold.test, self.logits["test"]
+        return Answers(self.fold.name, self.seed, self.task, rows, logits, self.threshold, self.temperature)
 
 
 def train(
@@ -66,187 +117,255 @@ def train(
     name: str | None = None,
     level: float | None = None,
     encoder: str | None = None,
+    task: str = "classification",
+    target: str = "label",
+    group: str = "patient",
+    site: str | None = None,
+    unit: str = "slide",
+    cv: int | None = None,
+    splits: str | Path | None = None,
+    split_by: str | None = None,
+    seeds: int = 1,
     recipe: str = "default",
     epochs: int | None = None,
     patience: int | None = None,
     lr: float | None = None,
     weight_decay: float | None = None,
+    keep: str | None = None,
     seed: int = 0,
-    on_epoch: Callable[[int, float, float | None], None] | None = None,
+    on_epoch: OnEpoch | None = None,
     **options: Any,
 ) -> Trained:
-    """Train a head on the stored features of labelled slides; writes OUT/models/<name>.
+    """Train a head on the features of labelled slides; writes OUT/models/<name>.
 
-    `level`: µm/px of the level that a flat head reads, by default the finest with features; `encoder`: which features,
-    where a store has several; `recipe`: how it is trained, "default" (heads.recipe.Recipe) or a name of the head's own
-    ("paper"), of which `epochs`, `patience`, `lr` and `weight_decay` replace single fields; `options` are the head's
-    own. Rows with split `test` are never trained on; validation is the split `val`, or a fifth of the training slides,
-    parted by patient where the table says who is one.
-    Raises UsageError.
+    out: an output folder of `run`, or a folder of feature files (.h5, .pt, .npy). `level`: µm/px of the level that a
+    flat head reads, by default the finest with features; `encoder`: which features, where a store has several.
+
+    What is asked: `task` is the kind of the column `target` (see targets.py). `unit="patient"` joins a patient's
+    slides into one bag. Slides that share a `group` (a column, the patient), or a `site` where one is named, are never
+    parted.
+
+    Who is tested: the split `test` of the table; with `cv` each of so many folds in turn, with `splits` those of fold
+    files (CLAM's), with `split_by="tiles"` the third with the most tiles; `seeds` times, with other first weights and
+    other folds. Then models/<name>/<fold> holds the model of each fold, results.json what they said of slides they had
+    not seen, and the top of the folder a model of all slides that are not the table's `test`. Validation is the split
+    `val`, else a fifth of the training slides: it decides the epoch, the threshold and the temperature.
+
+    recipe: "default" (heads.recipe.Recipe) or a name of the head's own ("paper"), of which `epochs`, `patience`, `lr`,
+    `weight_decay` and `keep` replace single fields; `options` are the head's own. Raises UsageError.
     """
-    name = name or head.replace(":", "--")
-    if not re.fullmatch(r"[\w@+-][\w.@+-]*", name):
-        raise UsageError(f"a model's name becomes a folder: letters, digits and . _ - only, not first a dot: {name!r}")
-    known = read_labels(labels, BagStore(out))
-    source = _source(BagStore(out), known, encoder)
-    classes = sorted(set(known.labels))
-    if len(classes) < 2:
-        raise UsageError(
-            f"{labels}: all usable slides have the label {classes[0]!r}; one class alone cannot be learned"
-        )
-    y = np.array([classes.index(label) for label in known.labels])
-    parts, split_words = _parts(known, y, seed, labels)
-    model = _new_head(head, source.features["encoder"]["dim"], len(classes), seed, options)
-    level = source.level(level) if model.needs.levels == 1 else None
-    sets = {
-        part: (StoredBags(source.store, [known.slides[i] for i in rows], source.key, level), y[rows])
-        for part, rows in parts.items()
-    }
-    wishes = {"epochs": epochs, "patience": patience, "lr": lr, "weight_decay": weight_decay}
-    how = _recipe(head, model, recipe, {name: value for name, value in wishes.items() if value is not None})
-    try:
-        history = fit(model, *sets["train"], recipe=how, validation=sets["val"], seed=seed, on_epoch=on_epoch)
-        metrics = {part: measure(predict_bags(model, bags), truth) for part, (bags, truth) in sets.items()}
-    except (BrokenBag, BadBag, FloatingPointError) as error:  # a damaged slide, or a loss that left the numbers
-        raise UsageError(str(error)) from error
-    training = asdict(how) | {
-        "recipe": recipe,
-        "seed": seed,
-        "best_epoch": history.best_epoch,
-        "train_loss": history.train_loss,
-        "validation_loss": history.validation_loss,
-        "split": split_words,
-        "slides": {part: [known.slides[i] for i in rows] for part, rows in parts.items()},
-    }
-    about = {"head": head, "options": model.options, "dim": model.dim, "classes": classes, "level": level}
-    folder = source.store.root / "models" / name
-    save_model(folder, model, about | source.about() | {"metrics": metrics, "training": training})
-    untrained = sorted(set(classes) - {classes[i] for i in y[parts["train"]]})
-    warnings = [f"no training slide is of the class {', '.join(untrained)}: it is never predicted"] if untrained else []
-    return Trained(folder, metrics, history.best_epoch, (*known.warnings, *warnings))
+    name = _checked_name(name or head.replace(":", "--"))
+    cohort = read_cohort(out, labels, task=task, target=target, group=group, site=site, unit=unit, encoder=encoder)
+    if cohort.targets.kind == "classification":
+        _require_classes(cohort, np.arange(len(cohort)), labels)
+    wishes = {"epochs": epochs, "patience": patience, "lr": lr, "weight_decay": weight_decay, "keep": keep}
+    changes = {wish: value for wish, value in wishes.items() if value is not None}
+    plan = Plan(head, options, recipe, changes, level)
+    how = Judged(cv, splits, split_by, seeds, seed)
+    whole, folds, notes = how.parts(cohort)
+    trial = plan.new_head(cohort.features.dim, cohort.targets.task(whole.train), seed)  # what is wrong is said now
+    plan.recipe_of(trial), plan.level_of(trial, cohort)
+    folder = cohort.place / "models" / name
+    judged = []
+    for fold_seed, fold in folds:
+        judged.append(_judged(folder / _fold_folder(fold, fold_seed, seeds), cohort, plan, fold, fold_seed, on_epoch))
+    last = learn(cohort, plan, whole, seed, on_epoch)
+    metrics = _save(folder, cohort, plan, last)
+    results = pooled = None
+    if judged:
+        settings = {"task": task, "target": target, "group": group, "site": site, "unit": unit, "level": last.level}
+        pooled = Pooled(judged, cohort.targets.truth, cohort.groups)
+        results = _results(plan, settings | how.words(), cohort, judged, pooled)
+        write_json(folder / "results.json", results)
+        write_answers(folder / "out_of_fold.csv", judged, cohort.units, cohort.targets.truth, cohort.targets.names)
+    warnings = (*cohort.warnings, *notes, *_untrained(last, cohort))
+    parameters = sum(weight.numel() for weight in last.model.parameters())
+    return Trained(folder, metrics, last.history.best_epoch, parameters, warnings, results, pooled)
 
 
 @dataclass(frozen=True)
-class _Source:
-    """The features that are trained on: which, of which tiles, by which recipe."""
+class Judged:
+    """Who is tested, and how often."""
 
-    store: BagStore
-    run: dict[str, Any]
-    key: str
-    tiles: dict[str, Any]
-    features: dict[str, Any]
+    cv: int | None = None
+    splits: str | Path | None = None
+    split_by: str | None = None
+    seeds: int = 1
+    seed: int = 0
 
-    @property
-    def mpp(self) -> list[float]:
-        """µm/px of the levels with features, coarse → fine."""
-        return [self.tiles["levels"][k]["mpp"] for k in self.tiles["encoded"]]
+    def __post_init__(self) -> None:
+        given = [
+            f"--{name}" for name in ("cv", "splits", "split-by") if getattr(self, name.replace("-", "_")) is not None
+        ]
+        if len(given) > 1:
+            raise UsageError(f"{' and '.join(given)}: only one of them can say who is tested")
+        if self.split_by not in (None, "tiles"):
+            raise UsageError(f"--split-by must be tiles, not {self.split_by!r}")
+        if self.seeds < 1:
+            raise UsageError(f"--seeds must be at least 1, not {self.seeds}")
 
-    def level(self, wanted: float | None) -> float:
-        """The level that a flat head reads: the finest unless told."""
-        wanted = self.mpp[-1] if wanted is None else wanted
-        for mpp in self.mpp:
-            if abs(mpp / wanted - 1) < 0.01:
-                return mpp
-        there = ", ".join(f"{mpp:g}" for mpp in self.mpp)
-        raise UsageError(f"--level {wanted:g}: no features at that µm/px; there are {there}")
-
-    def about(self) -> dict[str, Any]:
-        """What a model must know of its features to be used on new slides."""
-        encoder = self.run["encoders"][self.key]
-        own = {"encoder": encoder["name"], "weights": encoder["weights_file"], "force_scale": encoder["force_scale"]}
+    def words(self) -> dict[str, Any]:
         return {
-            "schema": "slidestream/model",
-            "encoder_key": self.key,
-            "encoder": self.features["encoder"],
-            "weights_sha256": self.features["weights_sha256"],
-            "feature_hash": self.features["feature_hash"],
-            "encoded_mpp": self.mpp,
-            "recipe": self.run["recipe"] | own,
-            "versions": self.run["versions"],
+            name: None if value is None else str(value) if name == "splits" else value
+            for name, value in asdict(self).items()
         }
 
+    def parts(self, cohort: Cohort) -> tuple[Fold, list[tuple[int, Fold]], list[str]]:
+        """The fold of the model at the top of the folder; those that are judged, with their seeds; notes."""
+        strata, whose = cohort.targets.strata, cohort.whose
+        if cohort.splits is None:
+            whole = all_for_training(strata, whose, self.seed)
+        else:
+            whole = from_table(cohort.splits, strata, whose, cohort.groups, self.seed)
+        rows = np.sort(np.concatenate([whole.train, whole.val]))  # the table's test slides are never trained on
+        folds, notes = [], []
+        for seed in range(self.seed, self.seed + self.seeds):
+            found, unknown = self._folds(cohort, rows, seed)
+            folds += [(seed, fold) for fold in found]
+            notes = unknown
+        return whole, folds, notes
 
-def _source(store: BagStore, known: Labels, encoder: str | None) -> _Source:
-    """The one set of features that all labelled slides have. Raises UsageError if they differ."""
+    def _folds(self, cohort: Cohort, rows: np.ndarray, seed: int) -> tuple[list[Fold], list[str]]:
+        strata, whose = cohort.targets.strata[rows], cohort.whose[rows]
+        if self.splits is not None:
+            if cohort.splits is not None:
+                raise UsageError("--splits: the label table has a column `split` of its own; leave one of them out")
+            folds, unknown = read_folds(self.splits, cohort.units, strata, whose, cohort.groups, seed)
+            words = f"{len(unknown)} cells of {self.splits} name no slide here, the first {unknown[:1]}"
+            return folds, [words] if unknown else []
+        if self.cv is not None:
+            folds = cross_validation(strata, whose, self.cv, seed)
+        elif self.split_by is not None:
+            bags = cohort.bags(choose_level(cohort.features.levels, None))
+            folds = [by_tiles(np.array([len(bags[int(row)]) for row in rows]), strata, whose, seed)]
+        elif self.seeds > 1:
+            raise UsageError("--seeds: say with --cv, --splits or --split-by who is tested")
+        else:
+            folds = []
+        return [replace(fold, train=rows[fold.train], val=rows[fold.val], test=rows[fold.test]) for fold in folds], []
+
+
+def learn(cohort: Cohort, plan: Plan, fold: Fold, seed: int, on_epoch: OnEpoch | None = None) -> Learned:
+    """One head on one fold. Raises UsageError for a damaged slide, or a loss that left the numbers."""
+    targets = cohort.targets
+    if targets.kind == "classification":
+        _require_classes(cohort, fold.train, fold.name or "training")
     try:
-        key = store.group(known.slides[0]).encoder_key(encoder)
-    except BrokenBag as error:
+        task = targets.task(fold.train)
+    except ValueError as error:
+        raise UsageError(f"{fold.name or 'training'}: {error}") from error
+    model = plan.new_head(cohort.features.dim, task, seed)
+    recipe, level = plan.recipe_of(model), plan.level_of(model, cohort)
+    bags = {part: Chosen(cohort.bags(level), rows.tolist()) for part, rows in fold.parts().items()}
+    answers = {part: targets.answers(task, rows) for part, rows in fold.parts().items()}
+    try:
+        history = fit(
+            model,
+            bags["train"],
+            answers["train"],
+            task=task,
+            recipe=recipe,
+            validation=(bags["val"], answers["val"]),
+            seed=seed,
+            on_epoch=on_epoch,
+        )
+        logits = {part: logits_of(model, chosen) for part, chosen in bags.items()}
+    except (BrokenBag, BadBag, FloatingPointError) as error:
         raise UsageError(str(error)) from error
-    hashes: dict[str, list[str]] = defaultdict(list)
-    for slide in known.slides:
-        facts = read_attrs(store.group(slide).path / "features" / key)
-        hashes[facts.get("feature_hash", "none")].append(slide)
-    if len(hashes) > 1:
-        odd = min(hashes.values(), key=len)
-        raise UsageError(f"not all slides have the same features ({odd[0]} differs); run `slidestream run` with --redo")
-    path = store.group(known.slides[0]).path
-    return _Source(store, read_run(store.root), key, read_attrs(path / "tiles"), read_attrs(path / "features" / key))
+    threshold, temperature = chosen_on(task, logits["val"], targets.truth[fold.val])
+    return Learned(fold, seed, model, level, task, recipe, history, logits, threshold, temperature)
 
 
-def _parts(known: Labels, y: np.ndarray, seed: int, labels: str | Path) -> tuple[dict[str, np.ndarray], str]:
-    """Rows for train, val and test."""
-    rows = np.arange(len(y))
-    given = np.array(known.splits) if known.splits else np.full(len(y), "train")
-    if known.patients and known.splits:
-        _refuse_shared_patients(known, labels)
-    train_rows, test, val = rows[given == "train"], rows[given == "test"], rows[given == "val"]
-    words = "by the table"
-    if not len(val):
-        try:
-            groups = [known.patients[i] for i in train_rows] if known.patients else None
-            inner, outer = split(y[train_rows], groups, seed=seed)
-        except ValueError as error:
-            raise UsageError(f"{labels}: no validation set can be parted off: {error}") from error
-        train_rows, val = train_rows[inner], train_rows[outer]
-        words = "validation: a fifth, parted by patient" if known.patients else "validation: a fifth, parted by slide"
-    if len(set(y[train_rows])) < 2:
-        raise UsageError(f"{labels}: the training slides have one class only; one class alone cannot be learned")
-    parts = {"train": train_rows, "val": val} | ({"test": test} if len(test) else {})
-    return parts, words
+def _judged(folder: Path, cohort: Cohort, plan: Plan, fold: Fold, seed: int, on_epoch: OnEpoch | None) -> Answers:
+    """What the model of a fold says of its test slides; one that an earlier call trained just so is taken as it is."""
+    identity = _identity(cohort, plan, fold, seed)
+    if (folder / "model.json").is_file():
+        there = load_model(folder)
+        if there.about.get("identity") == identity:
+            bags = Chosen(cohort.bags(there.level), fold.test.tolist())
+            chosen = there.about["threshold"], there.about["temperature"]
+            return Answers(
+                fold.name, seed, task_of(there.about["task"]), fold.test, logits_of(there.head, bags), *chosen
+            )
+    learned = learn(cohort, plan, fold, seed, on_epoch)
+    _save(folder, cohort, plan, learned)
+    return learned.answers()
 
 
-def _refuse_shared_patients(known: Labels, labels: str | Path) -> None:
-    seen: dict[str, set[str]] = defaultdict(set)
-    for patient, part in zip(known.patients or [], known.splits or [], strict=True):
-        seen[patient].add(part)
-    shared = sorted(patient for patient, parts in seen.items() if len(parts) > 1)
-    if shared:
+def _identity(cohort: Cohort, plan: Plan, fold: Fold, seed: int) -> str:
+    """All that a trained model depends on."""
+    targets = cohort.targets
+    asked = [targets.kind, targets.names, targets.truth.tolist(), cohort.units, cohort.slides]
+    parts = {part: rows.tolist() for part, rows in fold.parts().items()}
+    versions = {name: version(name) for name in ("slidestream", "torch")}
+    return digest([asdict(plan), asked, parts, seed, cohort.features.about(), versions])
+
+
+def _save(folder: Path, cohort: Cohort, plan: Plan, learned: Learned) -> dict[str, Metrics]:
+    """A model folder, with the curves of its training."""
+    metrics, history, fold = learned.metrics(cohort), learned.history, learned.fold
+    training = asdict(learned.recipe) | {
+        "recipe": plan.recipe,
+        "seed": learned.seed,
+        "best_epoch": history.best_epoch,
+        "train_loss": history.train_loss,
+        "validation_loss": history.validation_loss,
+        "split": fold.words,
+        "slides": {
+            part: [slide for row in rows for slide in cohort.slides[row]] for part, rows in fold.parts().items()
+        },
+    }
+    about = {
+        "schema": "slidestream/model",
+        "head": plan.head,
+        "options": learned.model.options,
+        "dim": learned.model.dim,
+        "outputs": learned.model.classes,
+        "classes": list(cohort.targets.names),
+        "task": describe(learned.task),
+        "threshold": learned.threshold,
+        "temperature": learned.temperature,
+        "level": learned.level,
+        "unit": cohort.unit,
+        "identity": _identity(cohort, plan, fold, learned.seed),
+        "metrics": metrics,
+        "training": training,
+    }
+    save_model(folder, learned.model, about | cohort.features.about())
+    save_curves(folder / "curves.png", history.train_loss, history.validation_loss, history.best_epoch)
+    return metrics
+
+
+def _results(
+    plan: Plan, settings: dict[str, Any], cohort: Cohort, answers: Sequence[Answers], pooled: Pooled
+) -> dict[str, Any]:
+    about = {"head": plan.head, "options": plan.options, "recipe": plan.recipe, "changes": plan.changes}
+    described = {"units": len(cohort), "names": list(cohort.targets.names)}
+    return about | {"settings": settings} | described | summary(answers, cohort.targets.truth, pooled)
+
+
+def _fold_folder(fold: Fold, seed: int, seeds: int) -> str:
+    name = fold.name or "fold"
+    return name if seeds == 1 else f"{name}-seed{seed}"
+
+
+def _checked_name(name: str) -> str:
+    if not re.fullmatch(r"[\w@+-][\w.@+-]*", name):
+        raise UsageError(f"a model's name becomes a folder: letters, digits and . _ - only, not first a dot: {name!r}")
+    return name
+
+
+def _require_classes(cohort: Cohort, rows: np.ndarray, where: str | Path) -> None:
+    present = sorted({cohort.targets.names[i] for i in cohort.targets.truth[rows]})
+    if len(present) < 2:
         raise UsageError(
-            f"{labels}: patients on more than one side of the split, which would flatter the result: "
-            + ", ".join(shared[:5])
+            f"{where}: all usable training slides have the label {present[0]!r}; one class alone cannot be learned"
         )
 
 
-def _new_head(name: str, dim: int, classes: int, seed: int, options: dict[str, Any]) -> Any:
-    """A head whose first weights are drawn from `seed`, without disturbing anyone else's random numbers."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        try:
-            return load_head(name, dim, classes, **options)
-        except (UnknownName, UnknownOption, TypeError, ValueError) as error:
-            raise UsageError(str(error)) from error
-
-
-def _recipe(name: str, head: Head, recipe: str, changes: dict[str, Any]) -> Recipe:
-    known = {"default": Recipe()} | head.recipes
-    if recipe not in known:
-        raise UsageError(f"{name} has no recipe {recipe!r}; known are {', '.join(known)}")
-    try:
-        return replace(known[recipe], **changes)
-    except ValueError as error:
-        raise UsageError(f"{name}: {error}") from error
-
-
-def measure(probabilities: np.ndarray, truth: np.ndarray) -> dict[str, float]:
-    """Accuracy; with two classes or more present also balanced accuracy and AUC (one against the rest, mean)."""
-    from sklearn.metrics import balanced_accuracy_score, roc_auc_score
-
-    guess = probabilities.argmax(axis=1)
-    out = {"slides": float(len(truth)), "accuracy": float((guess == truth).mean())}
-    if len(set(truth.tolist())) < 2:
-        return out
-    out["balanced_accuracy"] = float(balanced_accuracy_score(truth, guess))
-    if len(set(truth.tolist())) == probabilities.shape[1]:
-        scores = probabilities[:, 1] if probabilities.shape[1] == 2 else probabilities
-        out["auc"] = float(roc_auc_score(truth, scores, multi_class="ovr"))
-    return out
+def _untrained(learned: Learned, cohort: Cohort) -> list[str]:
+    if cohort.targets.kind != "classification":
+        return []
+    names, truth = cohort.targets.names, cohort.targets.truth
+    missing = sorted(set(names) - {names[i] for i in truth[learned.fold.train]})
+    return [f"no training slide is of the class {', '.join(missing)}: it is never predicted"] if missing else []

@@ -30,7 +30,8 @@ ORDER = (
         "outcome",
         "tables",
     ),
-    *("folder", "stages", "lock", "output", "worker", "cluster", "batch", "labels", "training", "demo", "doctor"),
+    *("folder", "stages", "lock", "output", "worker", "cluster", "batch", "labels", "targets", "folds"),
+    *("featurefiles", "bags", "cohort", "curves", "evaluation", "training", "compare", "probe", "demo", "doctor"),
     "cli",
 )
 BROAD = {

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from pipeline import run
+from pipeline.bags import Store
 from pipeline.errors import (
     BrokenBag,
     CorruptTiles,
@@ -19,8 +20,9 @@ from pipeline.errors import (
     UnreadableSlide,
     UsageError,
 )
+from pipeline.labels import read_labels
 from pipeline.readers import open_slide
-from pipeline.training import read_labels, train
+from pipeline.training import train
 
 torch = pytest.importorskip("torch")
 ENCODER = "timm/test_resnet"
@@ -199,9 +201,9 @@ TABLE = "slide,label\n" + "".join(f"00{i},{'tumour' if i % 2 else 'normal'}\n" f
     ],
 )
 def test_row_78_label_table_as_programs_write_it(encode, labels, cohort):
-    known = read_labels(labels(encode(TABLE)), cohort.store)
+    known = read_labels(labels(encode(TABLE)), Store(cohort.store.root))
     assert known.slides == [f"00{i}.svs" for i in range(1, 9)]
-    assert known.labels == ["tumour", "normal"] * 4
+    assert known.column("label") == ["tumour", "normal"] * 4
 
 
 @pytest.mark.parametrize(
@@ -224,7 +226,7 @@ def test_row_78_label_table_as_programs_write_it(encode, labels, cohort):
 def test_row_78_label_table_that_cannot_be_read(table, words, labels, cohort, cli):
     path = labels(table)
     with pytest.raises(UsageError, match=re.escape(words)) as error:
-        read_labels(path, cohort.store)
+        read_labels(path, Store(cohort.store.root))
     assert str(path) in str(error.value)
     result = cli("train", cohort.out, "--labels", path)
     assert (result.code, "Traceback" in result.err) == (1, False)
@@ -240,24 +242,24 @@ def test_row_79_missing_label_table(cohort, cli, tmp_path):
 def test_row_79_contradicting_duplicates(labels, cohort, cli):
     path = labels(TABLE + "001.svs,normal\n")
     with pytest.raises(UsageError, match=r"two rows for 001\.svs that differ"):
-        read_labels(path, cohort.store)
+        read_labels(path, Store(cohort.store.root))
     assert cli("train", cohort.out, "--labels", path).code == 1
 
 
 def test_row_79_the_same_row_twice_is_one_row(labels, cohort):
-    known = read_labels(labels(TABLE + "001,tumour\n"), cohort.store)
+    known = read_labels(labels(TABLE + "001,tumour\n"), Store(cohort.store.root))
     assert len(known.slides) == 8
 
 
 def test_row_79_the_same_slide_by_two_names_is_no_contradiction(labels, cohort):
     """`001` and `001.svs` with one label say the same."""
-    known = read_labels(labels(TABLE + "001.svs,tumour\n"), cohort.store)
+    known = read_labels(labels(TABLE + "001.svs,tumour\n"), Store(cohort.store.root))
     assert len(known.slides) == 8
 
 
 def test_row_79_missing_and_unknown_and_empty_slides_are_listed(labels, cohort):
     rows = TABLE.splitlines()[:-1]  # 008 is left out
-    known = read_labels(labels("\n".join([*rows, "999,tumour", "blank,normal"])), cohort.store)
+    known = read_labels(labels("\n".join([*rows, "999,tumour", "blank,normal"])), Store(cohort.store.root))
     words = " ".join(known.warnings)
     assert len(known.slides) == 7
     assert "1 rows name no slide of this store: 999." in words
@@ -301,9 +303,9 @@ def test_a_patient_on_both_sides_of_the_split(labels, cohort, cli):
 
 def test_row_80_identities_and_labels_are_text(labels, cohort):
     rows = "slide,label\n" + "".join(f"00{i},0{i % 2}\n" for i in range(1, 9)) + "1,00\n"
-    known = read_labels(labels(rows), cohort.store)
+    known = read_labels(labels(rows), Store(cohort.store.root))
     assert known.slides == [f"00{i}.svs" for i in range(1, 9)]
-    assert set(known.labels) == {"00", "01"}, "not the numbers 0 and 1"
+    assert set(known.column("label")) == {"00", "01"}, "not the numbers 0 and 1"
     assert "1 rows name no slide of this store: 1." in known.warnings[0], "1 is not 001"
 
 

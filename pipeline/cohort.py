@@ -1,0 +1,121 @@
+"""Labelled bags: who there is, what is asked of each, and what may not be parted by a split."""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+
+from .bags import Bags, Features, Store
+from .errors import UsageError
+from .featurefiles import FeatureFiles
+from .folds import owners
+from .labels import Labels, read_labels
+from .targets import Targets, columns_of, doubts, read_targets
+
+UNITS = ("slide", "patient")
+
+
+@dataclass(frozen=True, eq=False)
+class Cohort:
+    """n units (slides, or patients with all their slides), sorted by name.
+
+    whose: (n,) int, units of one number share a patient or a site. groups: (n,) names by which intervals are drawn.
+    splits: what the table says, None where it does not.
+    """
+
+    place: Path
+    unit: str  # slide or patient
+    units: list[str]
+    slides: list[tuple[str, ...]]
+    targets: Targets
+    whose: np.ndarray
+    groups: list[str]
+    splits: list[str] | None
+    features: Features
+    warnings: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.units)
+
+    @lru_cache(maxsize=4)  # noqa: B019 - a cohort lives as long as the command
+    def bags(self, level: float | None) -> Bags:
+        """Read at this level (µm/px), or all levels."""
+        return Bags(self.features, self.slides, level)
+
+
+def read_cohort(
+    out: str | Path,
+    labels: str | Path,
+    *,
+    task: str = "classification",
+    target: str = "label",
+    group: str = "patient",
+    site: str | None = None,
+    unit: str = "slide",
+    encoder: str | None = None,
+) -> Cohort:
+    """`out`: an output folder of `run`, or a folder of feature files. `group` and `site` are columns of the table.
+
+    A table without the column `patient` has a patient for each slide; any other column that is named must be there.
+    Raises UsageError.
+    """
+    if unit not in UNITS:
+        raise UsageError(f"--unit must be one of {', '.join(UNITS)}, not {unit!r}")
+    place = place_of(out)
+    known = read_labels(labels, place, columns_of(task, target), may_be_empty=task == "multilabel")
+    patients = known.column(group) if group == "patient" and unit == "slide" else known.required(group)
+    sites = None if site is None else known.required(site)
+    features = place.features(known.slides, encoder)
+    members = _members(known, patients if unit == "patient" else None)
+    first = [rows[0] for rows in members.values()]
+    rows = [known.rows[i] for i in first]
+    _refuse_unequal(known, members, columns_of(task, target))
+    targets = read_targets(task, rows, target, labels)
+    chosen = [None if column is None else [column[i] for i in first] for column in (patients, sites)]
+    splits = known.splits
+    units = list(members)
+    return Cohort(
+        place.root,
+        unit,
+        units,
+        [tuple(known.slides[i] for i in rows) for rows in members.values()],
+        targets,
+        owners(len(units), *chosen),
+        chosen[0] or units,
+        None if splits is None else _of_units(known, members, splits),
+        features,
+        (*known.warnings, *doubts(targets)),
+    )
+
+
+def place_of(out: str | Path) -> Store | FeatureFiles:
+    """Where features are: a folder that `run` made, or files of others."""
+    return Store(out) if (Path(out) / "run.json").is_file() or not FeatureFiles.are_in(out) else FeatureFiles(out)
+
+
+def _members(known: Labels, patients: Sequence[str] | None) -> dict[str, list[int]]:
+    """The rows of each unit, sorted."""
+    found: dict[str, list[int]] = defaultdict(list)
+    for i, slide in enumerate(known.slides):
+        found[slide if patients is None else patients[i]].append(i)
+    return dict(sorted(found.items()))
+
+
+def _refuse_unequal(known: Labels, members: dict[str, list[int]], columns: tuple[str, ...]) -> None:
+    for unit, rows in members.items():
+        for column in columns:
+            said = sorted({known.rows[i][column] for i in rows})
+            if len(said) > 1:
+                raise UsageError(f"{known.table}: the slides of {unit} have different {column}s: {', '.join(said)}")
+
+
+def _of_units(known: Labels, members: dict[str, list[int]], splits: Sequence[str]) -> list[str]:
+    for unit, rows in members.items():
+        if len({splits[i] for i in rows}) > 1:
+            raise UsageError(
+                f"{known.table}: patients on more than one side of the split, which would flatter the result: {unit}"
+            )
+    return [splits[rows[0]] for rows in members.values()]

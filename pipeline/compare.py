@@ -1,0 +1,113 @@
+"""Heads side by side: trained and judged on the same folds, their differences tested in pairs."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+from heads.metrics import holm, main_metric
+
+from .errors import UsageError
+from .evaluation import better, write_json
+from .training import Trained, train
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """file: where it stands; rows: one for each head; pairs: one for each two of them."""
+
+    file: Path
+    metric: str
+    rows: list[dict[str, Any]]
+    pairs: list[dict[str, Any]]
+    warnings: tuple[str, ...]
+
+    def lines(self) -> list[str]:
+        """A readable table."""
+        names = list(self.rows[0]["pooled"])
+        width = max(len(row["head"]) for row in self.rows) + 2
+        lines = [f"{'head':{width}}{'parameters':>11}  " + "  ".join(f"{name:>22}" for name in names)]
+        for row in self.rows:
+            cells = [_cell(row["pooled"][name]) if name in row["pooled"] else "-" for name in names]
+            lines.append(
+                f"{row['head']:{width}}{row['parameters']:>11,}  " + "  ".join(f"{cell:>22}" for cell in cells)
+            )
+        lines += ["", f"differences of {self.metric}, paired bootstrap by patient, p after Holm:"]
+        for pair in self.pairs:
+            words = f"{pair['a']} - {pair['b']}"
+            span = f"({pair['low']:+.3f} to {pair['high']:+.3f})"
+            lines.append(f"{words:{2 * width + 3}}{pair['value']:+.3f} {span}  p {pair['p_holm']:.3g}")
+        return lines
+
+
+def _cell(value: dict[str, float]) -> str:
+    return f"{value['value']:.3f} ({value['low']:.3f}-{value['high']:.3f})"
+
+
+def compare(
+    out: str | Path,
+    labels: str | Path,
+    *,
+    heads: Sequence[str],
+    name: str = "compare",
+    cv: int | None = None,
+    splits: str | Path | None = None,
+    split_by: str | None = None,
+    on_head: Callable[[str, Trained], None] | None = None,
+    **settings: Any,
+) -> Comparison:
+    """Train each head as `train` does with these settings, judge all on the same folds (`cv=5` unless told otherwise).
+
+    heads: names, each with the level it reads where that is not the finest: `abmil@1.0`. Each becomes a model of its
+    own, OUT/models/<name>; folds that an earlier call has trained just so are not trained again. Writes
+    OUT/models/<name>.json. Raises UsageError.
+    """
+    if len(set(heads)) < 2:
+        raise UsageError(f"--heads {','.join(heads)}: two different heads at least")
+    if cv is None and splits is None and split_by is None:
+        cv = 5
+    trained: dict[str, Trained] = {}
+    for wish in heads:
+        head, _, level = wish.partition("@")
+        at = {"level": _number(wish, level)} if level else {}
+        model = wish.replace(":", "--")
+        trained[wish] = train(
+            out, labels, head=head, name=model, cv=cv, splits=splits, split_by=split_by, **settings | at
+        )
+        if on_head is not None:
+            on_head(wish, trained[wish])
+    first = next(iter(trained.values()))
+    assert first.pooled is not None
+    metric = main_metric(first.pooled.task)
+    rows = [_row(wish, one) for wish, one in trained.items()]
+    pairs = _pairs(trained, metric)
+    file = first.folder.parent / f"{name}.json"
+    assert first.results is not None
+    write_json(file, {"settings": first.results["settings"], "metric": metric, "heads": rows, "differences": pairs})
+    return Comparison(file, metric, rows, pairs, first.warnings)
+
+
+def _number(wish: str, level: str) -> float:
+    try:
+        return float(level)
+    except ValueError as error:
+        raise UsageError(f"--heads {wish}: {level!r} is no number of µm/px") from error
+
+
+def _row(wish: str, one: Trained) -> dict[str, Any]:
+    assert one.results is not None
+    return {"head": wish, "parameters": one.parameters, "level": one.results["settings"]["level"]} | {
+        key: one.results[key] for key in ("pooled", "over_folds")
+    }
+
+
+def _pairs(trained: dict[str, Trained], metric: str) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = []
+    for a, b in combinations(trained, 2):
+        x, y = trained[a].pooled, trained[b].pooled
+        assert x is not None
+        assert y is not None
+        found.append({"a": a, "b": b, **better(x, y, metric)._asdict()})
+    adjusted = holm([pair["p"] for pair in found])
+    return [pair | {"p_holm": p} for pair, p in zip(found, adjusted, strict=True)]
