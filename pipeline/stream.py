@@ -69,6 +69,7 @@ class TileReader:
         counts = [level.stop - level.start if k in tree.encoded_levels else 0 for k, level in enumerate(tree.levels)]
         self._first = np.concatenate([[0], np.cumsum(counts)])  # the first encoded row of each level
         self._wanted = np.ones(self._first[-1], bool) if wanted is None else wanted
+        self._want_all = bool(self._wanted.all())
         self.blocks = list(self._plan())
         slide.expect(self.source, [self._window(block) for block in self.blocks])
 
@@ -142,7 +143,7 @@ class TileReader:
 
     def _is_wanted(self, level: int, low: int, high: int) -> bool:
         """True if one of these nodes or one below them is wanted."""
-        return any(
+        return self._want_all or any(
             k in self.tree.encoded_levels and self._wanted[self._first[k] + a : self._first[k] + b].any()
             for k, a, b in self._below(level, low, high)
         )
@@ -216,10 +217,10 @@ class TileReader:
         if block.side == 1 and block.level == self._bottom:
             return Part(self._tiles(block.level, block.low, block.high, pixels), pixels)
         tiles: list[Tile] = []
-        origin = np.array([block.column, block.line], np.int64)
         for k, low, high in reversed(self._below(block.level, block.low, block.high)):
-            corners = (self.tree.levels[k].grid[low:high] - (origin << (k - block.level))) * self.px
-            for row, (x, y) in enumerate(corners.tolist(), low):
+            left, top = block.column << (k - block.level), block.line << (k - block.level)
+            for row, (column, line) in enumerate(self.tree.levels[k].grid[low:high].tolist(), low):
+                x, y = (column - left) * self.px, (line - top) * self.px
                 tiles += self._tiles(k, row, row + 1, pixels[y : y + self.px, x : x + self.px])
             if k > block.level:
                 pixels = halve(pixels)
