@@ -22,6 +22,7 @@ Parameters of a level (D → d_t): Σ_t [d_{t-1} d_t + 4 d_t² + 9 d_t + 33 · 8
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -154,20 +155,22 @@ class HAGMIL(Head):
 
     def forward(self, bag: Bag) -> Prediction:
         self.check(bag)
-        levels = bag.levels[-len(self.levels) :]
-        self._require_features(bag, levels)
-        shown = levels[0].valid
-        looks: list[Prediction] = []
-        for level, iat in zip(levels, self.levels, strict=True):
-            assert isinstance(iat, IAT)
+        self._require_features(bag, bag.levels[-len(self.levels) :])
+        descent = self.descend(bag.levels)
+        while not descent.done:
+            level = bag.levels[descent.level]
             assert level.features is not None
-            shown = shown if not looks else below(level, self.chosen(looks[-1].tiles[0].raw))
-            looks.append(iat.look(level.features[shown], shown))
-        unseen = [never_looked(level) for level in bag.levels[: -len(self.levels)]]
-        tiles = (*unseen, *(look.tiles[0] for look in looks))
-        parts = {f"{name} {i}": value for i, look in enumerate(looks) for name, value in look.parts.items()}
-        parts |= {f"logits {i}": look.logits for i, look in enumerate(looks)}
-        return Prediction(looks[-1].logits, looks[-1].embedding, tiles, parts=parts)
+            descent.look(level.features[descent.wanted], level.valid[descent.wanted])
+        return descent.prediction
+
+    def descend(self, levels: Sequence[BagLevel]) -> "Descent":
+        """`forward` step by step, for one who has the features of a tile only once they are asked for.
+
+        levels: of the whole tree, coarse → fine; of them only `parent` is read.
+        """
+        if len(levels) < len(self.levels):
+            raise BadBag(f"HAGMIL looks at {len(self.levels)} levels, this tree has {len(levels)}")
+        return Descent(self, levels)
 
     def chosen(self, raw: Tensor) -> Tensor:
         """(N,) scores, NaN where not looked → (N,) bool: the k highest; of equals the first."""
@@ -201,12 +204,46 @@ class HAGMIL(Head):
             )
 
 
-def below(level: BagLevel, chosen: Tensor) -> Tensor:
-    """(N,) bool: the valid tiles of the level whose parents are chosen."""
-    shown = chosen[level.parent] & level.valid
-    if not bool(shown.any()):
-        raise BadBag("the chosen tiles have no valid tile below them on the next level")
-    return shown
+class Descent:
+    """The way of one slide from the coarsest level that is read to the finest.
+
+    `wanted` (N,) bool: the tiles of the level `level` that the next look asks for: all of them at first, then the
+    children of those that were chosen.
+    """
+
+    def __init__(self, head: HAGMIL, levels: Sequence[BagLevel]) -> None:
+        self._head, self._levels = head, levels
+        self._looks: list[Prediction] = []
+        self.level = len(levels) - len(head.levels)
+        self.wanted = torch.ones_like(levels[self.level].valid)
+
+    @property
+    def done(self) -> bool:
+        return self.level == len(self._levels)
+
+    def look(self, features: Tensor, valid: Tensor) -> None:
+        """features (n, D) and valid (n,) of the wanted tiles, in their order. BadBag if none of them is valid."""
+        if not bool(valid.any()):
+            raise BadBag(f"none of the {len(valid)} tiles to be looked at on level {self.level} is valid")
+        shown = self.wanted.clone()
+        shown[self.wanted] = valid
+        iat = self._head.levels[len(self._looks)]
+        assert isinstance(iat, IAT)
+        self._looks.append(iat.look(features[valid], shown))
+        self.level += 1
+        if not self.done:
+            chosen = self._head.chosen(self._looks[-1].tiles[0].raw)
+            self.wanted = chosen[self._levels[self.level].parent]
+
+    @property
+    def prediction(self) -> Prediction:
+        """Of the slide, once all levels have been looked at."""
+        looks = self._looks
+        unseen = [never_looked(level) for level in self._levels[: -len(looks)]]
+        tiles = (*unseen, *(look.tiles[0] for look in looks))
+        parts = {f"{name} {i}": value for i, look in enumerate(looks) for name, value in look.parts.items()}
+        parts |= {f"logits {i}": look.logits for i, look in enumerate(looks)}
+        return Prediction(looks[-1].logits, looks[-1].embedding, tiles, parts=parts)
 
 
 def never_looked(level: BagLevel) -> TileScores:
