@@ -7,6 +7,7 @@ fails takes only its own tiles with it.
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -51,13 +52,17 @@ class Settings:
 
 @dataclass(frozen=True)
 class Encoded:
-    """What became of one slide: its unreadable rows in all, and where the time went."""
+    """What became of one slide: its unreadable rows in all, and where the time went.
+
+    tile_seconds: of the device for a tile, in the fastest batch of all slides so far.
+    """
 
     slide: str
     invalid: int = 0
     error: SlideError | None = None
     meter: Meter = field(default_factory=Meter)
     batch_size: int = 0
+    tile_seconds: float = math.inf
 
 
 class Batches:
@@ -72,6 +77,7 @@ class Batches:
         self._lanes, self._on_tiles = lanes, on_tiles
         size = batch_size or (None if lanes.gpu else ON_CPU)
         self.size = Doubling(size or SMALLEST, size or LARGEST)
+        self.tile_seconds = math.inf  # of the device, in the fastest batch
         self._homes: list[Home] = []
         self._flying: deque[tuple[Pending, Tensor, list[Home]]] = deque()
         self._spare: list[Tensor] = []
@@ -164,7 +170,9 @@ class Batches:
         except (RuntimeError, MemoryError) as error:
             self._start_smaller(tiles, homes, error)
             return
-        share = pending.seconds / self._lanes.count / len(homes)
+        seconds = pending.seconds / self._lanes.count
+        share = seconds / len(homes)
+        self.tile_seconds = min(self.tile_seconds, seconds / len(tiles))
         for (rows, row), value in zip(homes, values[: len(homes)], strict=True):
             rows.meter.encoding += share
             if rows.error is None:
@@ -186,7 +194,7 @@ def _require_out_of_memory(error: BaseException) -> None:
 
 
 def encode_slides(
-    works: Iterable[Work],
+    works: Iterable[Work | None],
     encoder: Encoder,
     device: str = "cpu",
     on_tiles: Callable[[int, Meter], None] = lambda count, so_far: None,
@@ -194,8 +202,8 @@ def encode_slides(
 ) -> Iterator[Encoded]:
     """Encode what each slide misses; yields a slide when its last chunk is on the disk. `encoder` is loaded.
 
-    `works` is taken from by another thread, ahead of what is encoded. A SlideError is that slide's result; RunStopped
-    and errors of the machine are raised.
+    `works` is taken from by another thread, ahead of what is encoded; None: there is none for now, so what has gathered
+    is encoded at once. A SlideError is that slide's result; RunStopped and errors of the machine are raised.
     """
     batches: Batches | None = None
     unfinished: list[SlideRows] = []
@@ -207,13 +215,15 @@ def encode_slides(
         on_tiles(count, so_far)
 
     with Writer(WRITER_BYTES) as writer, Lanes(encoder, device, settings.threads) as lanes:
-        sources = (SlideRows(work, encoder.facts.dim, writer) for work in works)
+        sources = (None if work is None else SlideRows(work, encoder.facts.dim, writer) for work in works)
         with Feed(sources, settings.readers, settings.threads, settings.queue_bytes) as feed:
             clock = perf_counter()
             for item in feed:
                 if item is None:
                     if batches is not None:
                         batches.flush()
+                    for rows in unfinished:
+                        rows.wait()
                 else:
                     rows, tiles = item
                     if rows not in unfinished:
@@ -240,4 +250,6 @@ def encode_slides(
 
 def _result(rows: SlideRows, batches: Batches | None) -> Encoded:
     invalid = rows.settle()
-    return Encoded(rows.slide, invalid, rows.error, rows.meter, batches.size.value if batches else 0)
+    if batches is None:
+        return Encoded(rows.slide, invalid, rows.error, rows.meter)
+    return Encoded(rows.slide, invalid, rows.error, rows.meter, batches.size.value, batches.tile_seconds)

@@ -92,6 +92,10 @@ class Gate:
             self._changed.notify_all()
 
 
+class _Pause:
+    """In the queue of slides: whoever gives them has none for now."""
+
+
 class _Reading(Generic[S]):
     """A slide on its way through the threads: its blocks in order, each a future and its bytes; None after the last."""
 
@@ -118,16 +122,17 @@ class _Reading(Generic[S]):
 class Feed(Generic[S]):
     """Tiles of many slides, in order. Iterate inside `with`; see `__iter__`.
 
-    readers: threads that read at a time; None = found by trying, up to `most_readers`.
+    sources: None among them: there is none for now. readers: threads that read at a time; None = found by trying, up
+    to `most_readers`.
     """
 
-    def __init__(self, sources: Iterable[S], readers: int | None, most_readers: int, queue_bytes: int) -> None:
+    def __init__(self, sources: Iterable[S | None], readers: int | None, most_readers: int, queue_bytes: int) -> None:
         most = readers or max(1, most_readers)
         self.readers = Doubling(readers or max(1, most // 4), most)
         self.budget = Budget(queue_bytes)
         self._gate = Gate(self.readers)
         self._pool = ThreadPoolExecutor(most, thread_name_prefix="reader")
-        self._fifo: queue.Queue[_Reading[S] | BaseException | None] = queue.Queue()
+        self._fifo: queue.Queue[_Reading[S] | BaseException | _Pause | None] = queue.Queue()
         self._stopped = False
         self._current: _Reading[S] | None = None
         self._trial = (perf_counter(), 0, 0.0)  # since when, bytes taken, seconds waited
@@ -154,12 +159,15 @@ class Feed(Generic[S]):
 
     # -- the feeder's thread --
 
-    def _run(self, sources: Iterator[S]) -> None:
+    def _run(self, sources: Iterator[S | None]) -> None:
         reading: _Reading[S] | None = None
         try:
             for source in sources:
                 if self._stopped:
                     return
+                if source is None:
+                    self._fifo.put(_Pause())
+                    continue
                 reading = _Reading(source)
                 self._feed(reading)
             self._fifo.put(None)
@@ -225,6 +233,10 @@ class Feed(Generic[S]):
             starving += perf_counter() - started
             if reading is None:
                 return
+            if isinstance(reading, _Pause):
+                if self._fifo.empty():
+                    yield None
+                continue
             if isinstance(reading, BaseException):
                 raise reading
             reading.source.meter.starving += starving

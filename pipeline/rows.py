@@ -2,9 +2,10 @@
 
 import threading
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from time import perf_counter
+from typing import Protocol
 
 import numpy as np
 
@@ -12,9 +13,21 @@ from .errors import CorruptTiles, RunStopped, SlideError
 from .meter import Meter
 from .quadtree import QuadTree
 from .slide import Slide
-from .store import CHUNK_ROWS, Features
+from .store import CHUNK_ROWS
 
 MAX_INVALID = 0.01  # of the finest tiles; a slide with more unreadable ones fails
+
+
+class Shelf(Protocol):
+    """Where the rows of a slide go, chunk by chunk: store.Features, or memory."""
+
+    key: str  # of the encoder
+
+    @property
+    def dtype(self) -> np.dtype: ...
+    def missing_rows(self) -> np.ndarray: ...
+    def write_chunk(self, chunk: int, x: np.ndarray, valid: np.ndarray) -> None: ...
+    def stored_valid(self) -> np.ndarray: ...
 
 
 @dataclass
@@ -25,7 +38,7 @@ class Work:
     open: Callable[[], Slide]
     unchanged: Callable[[], bool]  # asked after the last read: the file is still the one that was opened
     tree: QuadTree
-    features: Features
+    features: Shelf
 
 
 class Writer:
@@ -136,6 +149,10 @@ class SlideRows:
                 "the file is damaged"
             )
             self.error = CorruptTiles(self.slide, "encode", reason)
+
+    def wait(self) -> None:
+        """Until all that is to be written is on the disk; whether it was, `settle` says."""
+        wait(self._written)
 
     def settle(self) -> int:
         """Wait for the disk; the unreadable rows in all, also those of chunks that an earlier run wrote.
