@@ -20,8 +20,9 @@ from .folder import Folder, find_slides
 from .lock import locked, was_locked
 from .meter import Meter
 from .outcome import Outcome, Report, failed, write_outcomes
-from .output import batch_sizes, check_out, make_writable, require_writable, write_run, write_totals
-from .stages import SlideFile, Tiler, is_current, load_tiler, make_recipe, open_encoder, stored_outcome
+from .output import batch_sizes, check_out, make_writable, require_writable, write_json, write_run, write_totals
+from .saving import Saving
+from .stages import Recipe, SlideFile, Tiler, is_current, load_tiler, make_recipe, open_encoder, stored_outcome
 from .store import BagStore
 from .tables import SlideNames, read_mpp_csv
 
@@ -64,16 +65,34 @@ def run(
     processes is started unless `scheduler` (tcp://…) names one. One slide's failure is one row of the report.
     Raises UsageError (nothing was written) and RunStopped (the machine is at fault; what is whole stays).
     """
-    started, progress, out = time.time(), progress or Silent(), Path(os.path.abspath(out))
     if config is not None and settings:
         raise UsageError("give either a config or single settings, not both")
     config = config or make_config(**_named(tiler), **settings)
+    recipe = make_recipe(config, _encoder_facts(config), tiler if callable(tiler) else load_tiler(config.tiler))
+    how: dict[str, Any] = {"mpp_csv": mpp_csv, "workers": workers, "scheduler": scheduler, "redo": redo}
+    return _carry_out(slides, Path(os.path.abspath(out)), recipe, progress or Silent(), **how)
+
+
+def _carry_out(
+    slides: str | Path,
+    out: Path,
+    recipe: Recipe,
+    progress: Progress,
+    *,
+    mpp_csv: str | Path | None = None,
+    workers: int | None = None,
+    scheduler: str | None = None,
+    redo: bool = False,
+    model: "Model | None" = None,
+) -> Report:
+    """`run`, or with a model its zoom into the slides whose features are not whole."""
+    started = time.time()
     folder = find_slides(slides, out)
     files, notes = _slide_files(folder, mpp_csv)
-    encoder = _encoder_facts(config)
-    recipe = make_recipe(config, encoder, tiler if callable(tiler) else load_tiler(config.tiler))
     check_out(out, folder, recipe, redo)
     todo = [file for file in files if not is_current(file, BagStore(out).group(file.name), recipe, deep=redo)]
+    if model is not None:
+        todo = _to_zoom(files, todo, out, recipe, model, redo)
     require_writable(out)
     with ExitStack() as stack:
         run_id = stack.enter_context(locked(out)) if was_locked(out) else None  # told before a cluster is started
@@ -88,15 +107,33 @@ def run(
         state = _State(out, files, todo, folder.skipped, progress)
         for note in notes:
             progress.note(note)
+        if model is not None:
+            for file in todo:  # what is to be made again is not there meanwhile
+                BagStore(out).group(file.name).drop(f"predictions/{model.name}")
         try:
             if client is not None:
-                job = Job(out, recipe, run_id, batch_sizes(out, recipe.encoder_key))
+                sizes = batch_sizes(out, recipe.encoder_key)
+                job = Job(out, recipe, run_id, sizes, model.folder if model is not None else None)
                 state.interrupted = work_through(client, todo, job, state)
         finally:  # also of a run that has to stop: what it did stands in the table
             state.save()
         report = Report(tuple(state.rows()), state.meter, time.time() - started, state.interrupted)
         write_totals(out, report, recipe.encoder_key, state.batch_sizes)
     return report
+
+
+def _to_zoom(
+    files: list[SlideFile], todo: list[SlideFile], out: Path, recipe: Recipe, model: "Model", redo: bool
+) -> list[SlideFile]:
+    """Of the slides whose features are not whole, those that the model has not predicted yet."""
+    from .zoom import is_zoomed
+
+    store = BagStore(out)
+    if not todo and any(store.group(file.name).status == "complete" for file in files):
+        raise UsageError(
+            f"{out} has the features of all {len(files)} slides, so there is nothing to zoom into: leave --zoom out"
+        )
+    return [file for file in todo if redo or not is_zoomed(file, store.group(file.name), recipe, model)]
 
 
 def _named(tiler: Tiler | str | None) -> dict[str, str]:
@@ -158,36 +195,47 @@ class _State:
         self.saved = time.time()
 
 
-def predict(source: str | Path, model: str | Path, out: str | Path | None = None, **options: Any) -> Report:
+def predict(
+    source: str | Path, model: str | Path, out: str | Path | None = None, *, zoom: bool = False, **options: Any
+) -> Report:
     """Predict slides with a trained model.
 
     source: an output folder of `run` (then its complete slides are predicted), or slides, whose features are first
-    made in `out` by the model's own recipe. `model`: a model folder, or a name below OUT/models. `options` go to `run`
-    (workers, scheduler, mpp_csv, progress; `weights`, where the model's own file has moved). Writes
-    predictions/<model>.csv, the attention into the store, and heatmaps. Raises UsageError, RunStopped.
+    made in `out` by the model's own recipe. `model`: a model folder, or a name below OUT/models. `zoom`: only tiles
+    below those that the model (hagmil) chooses are encoded; predictions are the same, features are not kept. `options`
+    go to `run` (workers, scheduler, mpp_csv, progress; `weights`, where the model's own file has moved). Writes
+    predictions/<model>.csv (and .zoom.json: what was saved), the attention into the store, and heatmaps.
+    Raises UsageError, RunStopped.
     """
     is_store = (Path(source) / "run.json").is_file()
     if not is_store and out is None:
         raise UsageError(
             f"{source} is no output folder of `slidestream run`; for slides, say with -o where features go"
         )
-    if is_store and (out is not None or options):
-        raise UsageError(
-            f"{source} is an output folder, which is predicted as it is: leave {', '.join(['-o', *options])} out"
-        )
+    if is_store and (out is not None or options or zoom):
+        flags = ", ".join([*(["-o"] if out is not None else []), *(["--zoom"] if zoom else []), *options])
+        raise UsageError(f"{source} is an output folder, which is predicted as it is: leave {flags} out")
     from .prediction import find_model, load_model  # torch, which `run` does not need in this process
 
     place = Path(os.path.abspath(source if is_store else out or ""))
     trained = load_model(find_model(model, place))
     if is_store:
         return _predict_store(place, trained)
+    if zoom:
+        from .zoom import require_choosing
+
+        require_choosing(trained)
     progress = options.pop("progress", None)
     config = make_config(**trained.about["recipe"] | {k: options.pop(k) for k in ("weights",) if k in options})
-    if _encoder_facts(config).weights_sha256 != trained.about["weights_sha256"]:
+    encoder = _encoder_facts(config)
+    if encoder.weights_sha256 != trained.about["weights_sha256"]:
         raise UsageError(f"{trained.name} was trained on features of other weights; pass the right file with --weights")
-    made = run(source, place, config=config, progress=progress, **options)
-    names = {outcome.slide for outcome in made.outcomes}
-    report = _predict_store(place, trained, names)
+    if zoom:
+        recipe = make_recipe(config, encoder, load_tiler(config.tiler))
+        made = _carry_out(source, place, recipe, progress or Silent(), model=trained, **options)
+    else:
+        made = run(source, place, config=config, progress=progress, **options)
+    report = _predict_store(place, trained, {outcome.slide for outcome in made.outcomes if outcome.ok})
     predicted = {outcome.slide for outcome in report.outcomes}
     rest = [outcome for outcome in made.outcomes if outcome.slide not in predicted]
     outcomes, seconds = (*report.outcomes, *rest), made.seconds + report.seconds
@@ -195,21 +243,28 @@ def predict(source: str | Path, model: str | Path, out: str | Path | None = None
 
 
 def _predict_store(out: Path, model: "Model", only: set[str] | None = None) -> Report:
-    """Every slide of a store that is complete. UsageError if none has features that fit the model."""
-    from .prediction import predict_stored, write_predictions
+    """Every slide of a store that is complete, or was zoomed into. UsageError if none has features that fit."""
+    from .prediction import fitting_features, predict_stored, write_predictions, zoomed
 
     started, store = time.time(), BagStore(out)
     table: list[tuple[str, Any]] = []
     outcomes = []
+    savings: dict[str, Saving] = {}
     for slide in store.slides():
-        status = store.group(slide).status
-        if (only is not None and slide not in only) or status == "writing":
+        group = store.group(slide)
+        status = group.status
+        saving = None if fitting_features(group, model) else zoomed(group, model)
+        if (only is not None and slide not in only) or (status == "writing" and saving is None):
             continue
         if status == "empty":
             outcomes.append(Outcome(slide, "empty", "predict", message="no tissue, so no prediction"))
             continue
         try:
-            table.append((slide, predict_stored(store, slide, model)))
+            if saving is None:
+                table.append((slide, predict_stored(store, slide, model)))
+            else:
+                table.append((slide, group.prediction(model.name)["probabilities"]))
+                savings[slide] = saving
             outcomes.append(Outcome(slide, "done", "predict"))
         except SlideError as error:
             outcomes.append(failed(slide, error))
@@ -217,4 +272,16 @@ def _predict_store(out: Path, model: "Model", only: set[str] | None = None) -> R
     if not table and faults and all(outcome.stage == "predict" for outcome in faults):
         raise UsageError(f"{out}: {faults[0].message}")
     write_predictions(out / "predictions" / f"{model.name}.csv", model.classes, table)
-    return Report(tuple(outcomes), seconds=time.time() - started)
+    total = _write_savings(out / "predictions" / f"{model.name}.zoom.json", savings)
+    return Report(tuple(outcomes), seconds=time.time() - started, saving=total)
+
+
+def _write_savings(path: Path, savings: dict[str, Saving]) -> Saving | None:
+    """What zooming saved, in all and of each slide; no file where no slide was zoomed into."""
+    if not savings:
+        path.unlink(missing_ok=True)
+        return None
+    total = Saving.total(savings.values())
+    slides = {slide: saving.as_dict() for slide, saving in savings.items()}
+    write_json(path, total.as_dict() | {"sentence": total.sentence(), "slides": slides})
+    return total

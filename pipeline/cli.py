@@ -328,6 +328,9 @@ def predict(
     source: Annotated[str, typer.Argument(help="an output folder of `slidestream run`, or slides (then give -o)")],
     model: Annotated[str, typer.Option("--model", "-m", help="a model folder, or a name below OUT/models")],
     out: Annotated[Path | None, typer.Option("--out", "-o", help="where features of slides go")] = None,
+    zoom: Annotated[
+        bool, typer.Option("--zoom", help="encode only tiles below those that the model (hagmil) chooses")
+    ] = False,
     weights: Annotated[
         str | None, typer.Option("--weights", help="the encoder's checkpoint, where it has moved")
     ] = None,
@@ -340,16 +343,20 @@ def predict(
     \b
     slidestream predict out/ --model abmil
     slidestream predict new_slides/ -o new_out/ --model out/models/abmil
+    slidestream predict new_slides/ -o new_out/ --model out/models/hagmil --zoom
     """
     from .batch import predict as predict_batch
 
     given = {"weights": weights, "mpp_csv": mpp_csv, "workers": workers, "scheduler": scheduler}
     options: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    options |= {"zoom": True} if zoom else {}
     place = Path(out or source)
     with _Terminal() as terminal:
-        progress = {} if out is None else {"progress": terminal}
-        report = predict_batch(source, model, out, **options, **progress)
+        options |= {} if out is None else {"progress": terminal}
+        report = predict_batch(source, model, out, **options)
     _tell(report, place)
+    if report.saving is not None:
+        _say(report.saving.sentence())
     raise typer.Exit(report.exit_code)
 
 

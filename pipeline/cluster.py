@@ -11,10 +11,10 @@ import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from multiprocessing import resource_tracker
 from pathlib import Path
 from queue import SimpleQueue
@@ -38,7 +38,7 @@ from extractors import Encoder, EncoderError
 
 from .agreement import cosine_to_fp32
 from .config import Config
-from .encode import Settings
+from .encode import Encoded, Settings
 from .errors import MACHINE_ERRNOS, RunStopped, SlideError, UnreadableSlide, UsageError
 from .lock import require_current
 from .meter import Meter
@@ -72,12 +72,15 @@ class State(Protocol):
 
 @dataclass(frozen=True)
 class Job:
-    """What every task needs to know; small, and sent with each. `batch_sizes`: found before, of each device."""
+    """What every task needs to know; small, and sent with each. `batch_sizes`: found before, of each device. `model`:
+    the folder of a model that chooses which tiles are encoded, and predicts.
+    """
 
     out: Path
     recipe: Recipe
     run_id: str
     batch_sizes: dict[str, int] = field(default_factory=dict)
+    model: Path | None = None
 
 
 # -- in the workers --
@@ -114,17 +117,32 @@ def _encode_task(slides: str, topic: str, job: Job) -> None:
         queue_bytes=config.queue_mb << 20,
     )
     pulled = _pulled(Queue(slides), job)
-    for outcome, result in encode(pulled, encoder, job.out, job.recipe, device, on_tiles, settings):
+    if job.model is None:
+        rows = encode(filter(None, pulled), encoder, job.out, job.recipe, device, on_tiles, settings)
+    else:
+        rows = _zoom(job.model)(pulled, encoder, job.out, job.recipe, device, on_tiles, settings)
+    for outcome, result in rows:
         sizes = {device_name(device): result.batch_size} if result.batch_size else {}
         worker.log_event(topic, {"row": asdict(outcome), "meter": asdict(result.meter), "batch_sizes": sizes})
 
 
-def _pulled(slides: Queue, job: Job) -> Iterator[tuple[SlideFile, Outcome]]:
+def _zoom(model: Path) -> Callable[..., Iterator[tuple[Outcome, Encoded]]]:
+    """Where a model chooses; it needs torch, which the process of the client does not."""
+    from .prediction import load_model
+    from .zoom import zoom
+
+    return partial(zoom, load_model(model))
+
+
+def _pulled(slides: Queue, job: Job) -> Iterator[tuple[SlideFile, Outcome] | None]:
+    """None: there is none for now. Slides that are zoomed into come back meanwhile, and are not to wait for long."""
+    patience = 5 if job.model is None else 0.2
     while True:
         try:
-            item = slides.get(timeout=5)
+            item = slides.get(timeout=patience)
         except TimeoutError:
             require_current(job.out, job.run_id)  # nobody may be there any more
+            yield None
             continue
         if item is None:
             return

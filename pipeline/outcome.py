@@ -10,6 +10,7 @@ from typing import Any
 
 from .errors import SlideError
 from .meter import Meter
+from .saving import Saving
 
 
 @dataclass(frozen=True)
@@ -97,12 +98,13 @@ def read_outcomes(path: Path) -> list[Outcome]:
 
 @dataclass(frozen=True)
 class Report:
-    """What a run did: a row per slide, where the time of its encoders went, seconds."""
+    """What a run did: a row per slide, where the time of its encoders went, seconds; what zooming saved."""
 
     outcomes: tuple[Outcome, ...]
     meter: Meter = field(default_factory=Meter)
     seconds: float = 0.0
     interrupted: bool = False
+    saving: Saving | None = None
 
     @property
     def tiles_encoded(self) -> int:

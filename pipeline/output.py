@@ -17,7 +17,7 @@ from .folder import Folder
 from .lock import running
 from .outcome import Report, read_outcomes
 from .stages import Recipe, versions
-from .store import BagStore
+from .store import BagStore, SlideGroup, read_attrs
 
 
 def read_run(out: Path) -> dict[str, Any]:
@@ -141,9 +141,12 @@ def status_lines(out: Path) -> tuple[list[str], int]:
     counts = {
         "done": sum(state == "complete" for state in states.values()),
         "empty": sum(state == "empty" for state in states.values()),
-        "unfinished": sum(s == "writing" and n not in {f.slide for f in faults} for n, s in states.items()),
+        "predicted by zoom, without features": 0,
+        "unfinished": 0,
         "failed": len(faults),
     }
+    for name in {name for name, state in states.items() if state == "writing"} - {row.slide for row in faults}:
+        counts["predicted by zoom, without features" if _is_zoomed(store.group(name)) else "unfinished"] += 1
     holder = running(out)
     mended = {row.slide for row in rows.values() if row.status == "failed"} - {row.slide for row in faults}
     known = tuple(replace(row, status="done") if row.slide in mended else row for row in rows.values())
@@ -160,3 +163,9 @@ def status_lines(out: Path) -> tuple[list[str], int]:
         *(f"failed      {row.slide}: {row.stage}: {row.message}" for row in faults),
     ]
     return lines, Report(known).exit_code
+
+
+def _is_zoomed(group: SlideGroup) -> bool:
+    """True if a model has predicted it by zoom; its features are not whole."""
+    found = (read_attrs(folder) for folder in (group.path / "predictions").glob("*"))
+    return any("zoom" in attrs and attrs.get("status") == "complete" for attrs in found)

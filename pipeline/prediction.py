@@ -5,9 +5,11 @@ it was trained on, so that it can be used on new slides with nothing else at han
 """
 
 import csv
+import hashlib
 import json
 import os
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from heads import BadBag, Bag, Head, Prediction, load_head
 
 from .draw import heatmap, save_png
 from .errors import BrokenBag, UsageError
+from .saving import Saving
 from .store import BagStore, SlideGroup, read_attrs, short_name
 
 
@@ -30,6 +33,15 @@ class Model:
     name: str
     head: Head
     about: dict[str, Any]
+    folder: Path = Path()
+
+    @cached_property
+    def sha256(self) -> str:
+        """Of its two files: another training under the same name is another model."""
+        total = hashlib.sha256((self.folder / "model.json").read_bytes())
+        with open(self.folder / "model.safetensors", "rb") as file:
+            total.update(hashlib.file_digest(file, "sha256").digest())
+        return total.hexdigest()
 
     @property
     def classes(self) -> list[str]:
@@ -76,7 +88,7 @@ def load_model(folder: Path) -> Model:
         head.load_state_dict(load_file(folder / "model.safetensors"))
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         raise UsageError(f"{folder}: not a usable model: {' '.join(str(error).split())[:400]}") from error
-    return Model(folder.name, head.eval(), about)
+    return Model(folder.name, head.eval(), about, folder)
 
 
 @torch.no_grad()
@@ -88,14 +100,30 @@ def predict_slide(model: Model, bag: Bag) -> Prediction:
 def matching_features(group: SlideGroup, model: Model) -> str:
     """The key of the stored features that the model was trained on. Raises BrokenBag if there are none."""
     group.require_complete()
-    keys = group.encoders()
-    for key in keys:
+    key = fitting_features(group, model)
+    if key is None:
+        wanted = f"{model.about['encoder_key']} at {', '.join(f'{m:g}' for m in model.about['encoded_mpp'])} µm/px"
+        there = ", ".join(group.encoders()) or "none"
+        reason = f"the model was trained on features of {wanted}; stored are {there}"
+        raise BrokenBag(group.slide, "predict", reason)
+    return key
+
+
+def fitting_features(group: SlideGroup, model: Model) -> str | None:
+    """The key of the complete features of a complete slide that the model was trained on."""
+    for key in group.encoders() if group.status == "complete" else ():
         if read_attrs(group.path / "features" / key).get("feature_hash") == model.about["feature_hash"]:
             return key
-    wanted = f"{model.about['encoder_key']} at {', '.join(f'{m:g}' for m in model.about['encoded_mpp'])} µm/px"
-    raise BrokenBag(
-        group.slide, "predict", f"the model was trained on features of {wanted}; stored are {', '.join(keys) or 'none'}"
-    )
+    return None
+
+
+def zoomed(group: SlideGroup, model: Model) -> Saving | None:
+    """What was saved where this very model has predicted the slide's present tiles by zoom; None if it has not."""
+    attrs = read_attrs(group.path / "predictions" / model.name)
+    if attrs.get("status") != "complete" or "zoom" not in attrs:
+        return None
+    current = attrs["model_sha256"] == model.sha256 and attrs["tiles"] == group.attrs.get("hashes", {}).get("tiles")
+    return Saving(**attrs["zoom"]) if current else None
 
 
 def predict_stored(store: BagStore, slide: str, model: Model) -> np.ndarray:
@@ -110,23 +138,14 @@ def predict_stored(store: BagStore, slide: str, model: Model) -> np.ndarray:
         prediction = predict_slide(model, bag)
     except (BadBag, ValueError) as error:
         raise BrokenBag(slide, "predict", str(error)) from error
+    return store_prediction(group, model, prediction, store.root)
+
+
+def store_prediction(group: SlideGroup, model: Model, prediction: Prediction, out: Path, **attrs: Any) -> np.ndarray:
+    """A picture of the finest tiles; then the scores of the level(s) that the head read. Returns probabilities (C,)."""
     probabilities = prediction.probabilities.double().numpy()
-    _store_attention(group, model, prediction, probabilities, store.root)
-    return probabilities
-
-
-def _store_attention(
-    group: SlideGroup, model: Model, prediction: Prediction, probabilities: np.ndarray, out: Path
-) -> None:
-    """The scores of the tiles of the level(s) that the head read, and a picture of the finest of them."""
     tree = group.tree()
     levels = [k for k, part in enumerate(tree.levels) if model.level is None or abs(part.mpp / model.level - 1) < 0.01]
-    raw = np.concatenate([scores.raw.numpy() for scores in prediction.tiles]).astype(np.float32)
-    weight = np.concatenate([scores.weight.numpy() for scores in prediction.tiles]).astype(np.float32)
-    arrays = {"logits": prediction.logits.numpy(), "probabilities": probabilities, "raw": raw, "weight": weight}
-    group.write_prediction(
-        model.name, arrays, classes=model.classes, levels=levels, feature_hash=model.about["feature_hash"]
-    )
     finest = prediction.tiles[-1].weight.numpy()
     likely = int(probabilities.argmax())
     verdict = f"{model.name}: {model.classes[likely]} ({probabilities[likely]:.3f})"
@@ -134,6 +153,12 @@ def _store_attention(
     picture = heatmap(group.thumbnail(), group.mask(), tree.boxes(levels[-1]), finest, words)
     place = Path(group.slide)
     save_png(out / "heatmaps" / model.name / place.parent / short_name(place.name, ".png"), picture)
+    raw = np.concatenate([scores.raw.numpy() for scores in prediction.tiles]).astype(np.float32)
+    weight = np.concatenate([scores.weight.numpy() for scores in prediction.tiles]).astype(np.float32)
+    arrays = {"logits": prediction.logits.numpy(), "probabilities": probabilities, "raw": raw, "weight": weight}
+    about = {"classes": model.classes, "levels": levels, "feature_hash": model.about["feature_hash"]}
+    group.write_prediction(model.name, arrays, **about, **attrs)
+    return probabilities
 
 
 def write_predictions(path: Path, classes: list[str], table: list[tuple[str, np.ndarray]]) -> None:

@@ -28,7 +28,7 @@ from .meter import Meter
 from .outcome import Outcome, failed
 from .quadtree import QuadTree, build_quadtree
 from .readers import open_slide
-from .rows import Work
+from .rows import Shelf, Work
 from .scale import check_resolution
 from .slide import Slide, thumbnail
 from .store import BagStore, SlideGroup, read_attrs, short_name
@@ -36,6 +36,7 @@ from .tissue import TissueMask, tissue_in
 
 # Settings that are no part of what a store holds: of one of its encoders, or of how the work is done.
 OTHERS = {*EncodeConfig.model_fields, *EngineConfig.model_fields} - {"dtype"}
+ZOOMED = "predicted by zoom, its features are not kept"  # of a slide whose features are not whole
 Tiler = Callable[[Slide, TissueMask, TileConfig], QuadTree]
 
 
@@ -307,14 +308,14 @@ def _finish(row: Outcome, group: SlideGroup, result: Encoded, recipe: Recipe, en
         fault = failed(result.slide, result.error)
         return replace(row, status="failed", stage=fault.stage, error=fault.error, message=fault.message)
     if result.invalid:
-        row = replace(row, message="; ".join(filter(None, [row.message, _invalid_words(result.invalid)])))
+        row = replace(row, message="; ".join(filter(None, [row.message, invalid_words(result.invalid)])))
     group.features(recipe.encoder_key).finish(cosine_to_fp32=encoder.cosine_to_fp32)
     tiles = [level["stop"] - level["start"] for level in read_attrs(group.path / "tiles")["levels"]]
     group.finish("complete", counts={"tiles": tiles, "invalid": result.invalid})
     return replace(row, status="done")
 
 
-def _invalid_words(count: int) -> str:
+def invalid_words(count: int) -> str:
     return f"{count} tiles cannot be decoded and are marked invalid"
 
 
@@ -332,6 +333,11 @@ def _work(file: SlideFile, group: SlideGroup, encoder: Encoder, recipe: Recipe, 
         "levels": list(tree.encoded_levels),
     }
     features.begin(len(tree.encoded_rows), recipe.facts.dim, recipe.config.dtype, **attrs)
+    return work_on(file, group, recipe, tree, features)
+
+
+def work_on(file: SlideFile, group: SlideGroup, recipe: Recipe, tree: QuadTree, features: Shelf) -> Work:
+    """The tiles of a prepared slide, on their way to `features`."""
     opened = group.attrs["slide"]
 
     def unchanged() -> bool:
@@ -340,14 +346,22 @@ def _work(file: SlideFile, group: SlideGroup, encoder: Encoder, recipe: Recipe, 
     return Work(file.name, partial(_open, file, recipe), unchanged, tree, features)
 
 
+def is_prepared(file: SlideFile, group: SlideGroup, recipe: Recipe) -> bool:
+    """True if the store holds the tissue and the tiles that this recipe makes of this slide file."""
+    attrs = group.attrs
+    if attrs.get("recipe") != recipe.as_dict() or not read_attrs(group.path / "tiles"):
+        return False
+    return bool(attrs["scale"]["given"] == file.mpp and _same_file(file.path, attrs["slide"]))
+
+
 def is_current(file: SlideFile, group: SlideGroup, recipe: Recipe, deep: bool = False) -> bool:
     """True if the store holds all that this recipe makes of this slide file; `deep` reads every array again."""
     attrs, tiles = group.attrs, read_attrs(group.path / "tiles")
-    if attrs.get("status") not in ("complete", "empty") or attrs.get("recipe") != recipe.as_dict() or not tiles:
+    if attrs.get("status") not in ("complete", "empty"):
         return False
     if deep and recipe.tiler is not None:
         return False  # its function may have changed under the same name: ask it again; equal tiles keep their features
-    if attrs["scale"]["given"] != file.mpp or not _same_file(file.path, attrs["slide"]):
+    if not is_prepared(file, group, recipe):
         return False
     try:
         if deep:
@@ -380,11 +394,12 @@ def stored_outcome(name: str, group: SlideGroup) -> Outcome:
     notes = [
         _why_empty(attrs["tissue_mm2"]) if attrs["status"] == "empty" else "",
         warnings,
-        _invalid_words(invalid) if invalid else "",
+        invalid_words(invalid) if invalid else "",
+        ZOOMED if attrs["status"] == "writing" else "",
     ]
     return Outcome(
         name,
-        {"complete": "done", "empty": "empty"}[attrs["status"]],
+        "empty" if attrs["status"] == "empty" else "done",
         message="; ".join(filter(None, notes)),
         mpp=attrs["scale"]["mpp"],
         mpp_source=attrs["scale"]["source"],

@@ -14,7 +14,20 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = ("pipeline", "extractors", "heads")
 # A module imports only those that stand before it. `__init__` of pipeline is exempt: it only names them.
 ORDER = (
-    *("errors", "doubling", "meter", "config", "scale", "area", "slide", "readers", "tissue", "shapes", "quadtree"),
+    *(
+        "errors",
+        "doubling",
+        "meter",
+        "saving",
+        "config",
+        "scale",
+        "area",
+        "slide",
+        "readers",
+        "tissue",
+        "shapes",
+        "quadtree",
+    ),
     "agreement",
     *(
         "arrays",
@@ -30,7 +43,7 @@ ORDER = (
         "outcome",
         "tables",
     ),
-    *("folder", "stages", "lock", "output", "worker", "cluster", "batch", "labels", "targets", "folds"),
+    *("folder", "stages", "zoom", "lock", "output", "worker", "cluster", "batch", "labels", "targets", "folds"),
     *("featurefiles", "bags", "cohort", "curves", "evaluation", "training", "compare", "probe", "demo", "doctor"),
     "cli",
 )
