@@ -207,3 +207,61 @@ def test_invalid_tiles_are_not_looked_at():
 def test_impossible_options_are_refused(options):
     with pytest.raises(ValueError, match="must be"):
         make(**options)
+
+
+# --- step by step ----------------------------------------------------------------------------------------------------
+
+
+def bare(bag: Bag) -> list[BagLevel]:
+    """The tree of a bag, without features."""
+    return [
+        BagLevel.of(grid=np.zeros((len(level), 2), int), parent=level.parent, mpp=level.mpp) for level in bag.levels
+    ]
+
+
+@pytest.mark.parametrize("k", [0.3, 2, 10_000])
+@pytest.mark.parametrize("levels", [3, 4])
+@torch.no_grad()
+def test_a_descent_asks_for_the_tiles_that_forward_looks_at_and_no_other(k, levels):
+    bag, head = tree(9, levels), make(k=k)
+    out, descent, asked = head(bag), head.descend(bare(bag)), 0
+    while not descent.done:
+        level = bag.levels[descent.level]
+        assert torch.equal(descent.wanted, ~out.tiles[descent.level].raw.isnan())
+        asked += int(descent.wanted.sum())
+        descent.look(level.features[descent.wanted], level.valid[descent.wanted])
+    found = descent.prediction
+    assert torch.equal(found.logits, out.logits)
+    assert torch.equal(found.embedding, out.embedding)
+    for one, other in zip(found.tiles, out.tiles, strict=True):
+        torch.testing.assert_close(one.raw, other.raw, equal_nan=True, rtol=0, atol=0)
+    assert found.parts.keys() == out.parts.keys()
+    assert (asked < len(bag)) == (k != 10_000 or levels == 4)
+
+
+@torch.no_grad()
+def test_a_descent_is_told_which_tiles_are_not_valid():
+    bag = tree()
+    level = bag.levels[1]
+    valid = torch.arange(len(level)) != 2
+    junk = torch.where(valid[:, None], level.features, 1e9)
+    holes = Bag([bag.levels[0], BagLevel.of(junk, parent=level.parent, valid=valid, mpp=1.0), bag.levels[2]])
+    head = make(k=1.0)
+    descent = head.descend(bare(bag))
+    for one, mask, x in zip(bag.levels, (None, valid, None), (None, junk, None), strict=True):
+        features, mask = one.features if x is None else x, one.valid if mask is None else mask
+        descent.look(features[descent.wanted], mask[descent.wanted])
+    assert torch.equal(descent.prediction.logits, head(holes).logits)
+
+
+def test_a_descent_without_a_valid_tile_is_refused():
+    head, bag = make(), tree()
+    descent = head.descend(bare(bag))
+    with pytest.raises(BadBag, match="none of the 5 tiles to be looked at on level 0 is valid"):
+        descent.look(torch.ones(5, DIM), torch.zeros(5, dtype=torch.bool))
+    with pytest.raises(BadBag, match="looks at 3 levels, this tree has 2"):
+        head.descend(bare(bag)[:2])
+    level = bag.levels[2]
+    none = Bag([*bag.levels[:2], BagLevel.of(level.features, parent=level.parent, valid=level.valid & False, mpp=0.5)])
+    with pytest.raises(BadBag, match="on level 2 is valid"):
+        head(none)

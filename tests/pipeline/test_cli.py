@@ -12,6 +12,7 @@ from pipeline.config import Config
 from pipeline.errors import BrokenBag, RunStopped, UsageError
 from pipeline.meter import Meter
 from pipeline.outcome import Outcome, Report
+from pipeline.saving import Saving
 from pipeline.training import Trained
 
 COMMANDS = ("run", "train", "predict", "status", "doctor", "demo")
@@ -19,7 +20,7 @@ OWN_FLAGS = {
     "run": {"--out", "-o", "--mpp-csv", "--workers", "--scheduler", "--redo", "--config", "--preset", "-e"},
     "train": {"--labels", "--head", "--name", "--level", "--encoder", "-e", "--recipe", "--epochs", "--patience",
               "--lr", "--weight-decay", "--seed", "--option"},
-    "predict": {"--model", "-m", "--out", "-o", "--weights", "--mpp-csv", "--workers", "--scheduler"},
+    "predict": {"--model", "-m", "--out", "-o", "--zoom", "--weights", "--mpp-csv", "--workers", "--scheduler"},
     "status": set(),
     "doctor": {"--encoder", "-e", "--weights"},
     "demo": {"--slides", "--seed"},
@@ -152,6 +153,15 @@ def test_predict_hands_on_only_what_was_given(monkeypatch):
     assert calls[0] == (("out", "m", None), {})
     assert calls[1][0] == ("slides", "m", Path("new"))
     assert {k: v for k, v in calls[1][1].items() if k != "progress"} == {"weights": "w.pt", "workers": 2}
+    main(monkeypatch, "predict", "slides", "-o", "new", "-m", "m", "--zoom")
+    assert {k: v for k, v in calls[2][1].items() if k != "progress"} == {"zoom": True}
+
+
+def test_predict_tells_what_zooming_saved(monkeypatch, capsys):
+    report = Report((Outcome("a", "done"),), saving=Saving(0.25, 100, 30, 0.1, 2.0))
+    monkeypatch.setattr(batch, "predict", lambda *_, **__: report)
+    main(monkeypatch, "predict", "slides", "-o", "new", "-m", "m", "--zoom")
+    assert "k = 0.25: 30 of 100 tiles encoded (30%); the encoder was spared about 7.0 s" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

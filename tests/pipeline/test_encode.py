@@ -258,6 +258,30 @@ def test_slides_are_taken_as_they_come_and_given_back_early(tmp_path, impatient)
     assert [r.slide for r in results] == ["2.svs", "3.svs"]
 
 
+def test_while_there_is_none_what_has_gathered_is_encoded_at_once_and_given_back(tmp_path):
+    works, pictures = several(tmp_path)
+    back = threading.Event()
+
+    def arriving():
+        yield works[0]
+        yield None
+        assert back.wait(30), "the first slide comes home, though no other fills its last batch"
+        yield from works[1:]
+
+    results = encode_slides(arriving(), MeanColour(), settings=SMALL)
+    assert next(results).slide == "0.svs"
+    back.set()
+    assert [r.slide for r in results] == ["1.svs", "2.svs", "3.svs"]
+    assert_right(works, pictures)
+
+
+def test_the_fastest_batch_says_what_a_tile_takes(tmp_path):
+    works, _ = several(tmp_path)
+    took = iter([0.5, 0.25] + [1.0] * 99)
+    results = list(encode_slides(works, MeanColour(seconds=lambda _: next(took)), settings=SMALL))
+    assert results[-1].tile_seconds == 0.25 / BATCH
+
+
 def test_every_tile_is_told_after_it_was_encoded(tmp_path):
     works, _ = several(tmp_path)
     seen, encoder = [], MeanColour()

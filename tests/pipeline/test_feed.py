@@ -298,6 +298,43 @@ def test_while_no_slide_is_there_the_encoder_is_told():
     assert first.meter.starving < second.meter.starving + 1
 
 
+def test_whoever_gives_slides_may_say_that_there_is_none_for_now(monkeypatch):
+    monkeypatch.setattr(module, "IDLE_S", 60)
+    first, second = several(2)
+    told = threading.Event()
+
+    def arriving():
+        yield None
+        yield first
+        yield None
+        assert told.wait(30), "though nobody has been waiting for long"
+        yield second
+
+    found = []
+    with feed_of(arriving()) as feed:
+        for item in feed:
+            if item is None and ends(found) == ["slide 0"]:
+                told.set()
+            found += flat([item])
+    assert found == serial(several(2))
+
+
+def test_where_slides_have_come_meanwhile_a_pause_is_none(monkeypatch):
+    monkeypatch.setattr(module, "IDLE_S", 60)
+    queued = threading.Event()
+
+    def arriving():
+        first, second = several(2)
+        yield first
+        yield None
+        yield second
+        queued.set()
+
+    with feed_of(arriving()) as feed:
+        assert queued.wait(30)
+        assert None not in list(feed)
+
+
 def test_a_slow_block_is_no_lack_of_slides():
     slow = source("slow", before_read=lambda number: time.sleep(0.1 * (number == 3)))
     with feed_of(iter([slow])) as feed:

@@ -175,6 +175,13 @@ def test_status_counts_what_is_there(out):
     assert code == 3
 
 
+def test_status_tells_slides_that_were_only_zoomed_into(out):
+    about = {"classes": [], "levels": [0], "feature_hash": "h"}
+    BagStore(out).group("d").write_prediction("closer", {}, **about, zoom={"k": 0.25})
+    BagStore(out).group("e").write_prediction("plain", {}, **about)
+    assert "2 done, 1 empty, 1 predicted by zoom, without features, 1 unfinished" in "\n".join(status_lines(out)[0])
+
+
 def test_a_failure_that_was_mended_is_none(out):
     write_outcomes(out / "slides.csv", [Outcome("a", "failed", "open")])
     assert "failed" not in "\n".join(status_lines(out)[0])

@@ -2,6 +2,7 @@
 
 import csv
 import json
+from dataclasses import asdict
 
 import cv2
 import numpy as np
@@ -18,10 +19,13 @@ from pipeline.prediction import (
     predict_slide,
     predict_stored,
     save_model,
+    store_prediction,
     write_predictions,
+    zoomed,
 )
 from pipeline.quadtree import QuadTree, build_quadtree
 from pipeline.readers import open_slide
+from pipeline.saving import Saving
 from pipeline.store import BagStore, SlideGroup, read_attrs
 from pipeline.tissue import TissueMask
 
@@ -233,6 +237,41 @@ def test_the_heatmap_shows_the_tiles_of_that_level(store):
     for (x, y, w, h), share in zip(tree().boxes(0), weight, strict=True):
         middle = picture[int((y + h / 2) * scale), int((x + w / 2) * scale)]
         assert (middle == 255).all() == bool(np.isnan(share))
+
+
+def test_a_prediction_is_finished_after_its_picture(store, monkeypatch):
+    group = write(store)
+    monkeypatch.setattr("pipeline.prediction.save_png", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        predict_stored(store, "case/a.svs", model())
+    with pytest.raises(BrokenBag, match="no prediction"):
+        group.prediction("m")
+
+
+def test_a_model_is_told_from_another_training_of_its_name(tmp_path):
+    save_model(tmp_path / "a/m", head(), about())
+    save_model(tmp_path / "b/m", head(1), about())
+    save_model(tmp_path / "c/m", head(), about(level=1.0))
+    save_model(tmp_path / "d/m", head(), about())
+    sums = [load_model(tmp_path / name / "m").sha256 for name in "abcd"]
+    assert len(set(sums)) == 3
+    assert sums[0] == sums[3]
+
+
+def test_only_a_zoom_of_this_model_into_these_tiles_is_one(store, tmp_path):
+    group = write(store)
+    save_model(tmp_path / "m", head(), about())
+    one = load_model(tmp_path / "m")
+    predict_stored(store, "case/a.svs", one)
+    assert zoomed(group, one) is None, "it was predicted from features"
+    saving = Saving(0.25, 100, 30, 0.1, 2.0)
+    prediction = predict_slide(one, store.bag("case/a.svs", "mine"))
+    attrs = {"zoom": asdict(saving), "model_sha256": one.sha256, "tiles": tree().hash}
+    store_prediction(group, one, prediction, store.root, **attrs)
+    assert zoomed(group, one) == saving
+    for wrong in ({"model_sha256": "other"}, {"tiles": "other"}):
+        store_prediction(group, one, prediction, store.root, **attrs | wrong)
+        assert zoomed(group, one) is None
 
 
 def test_predicting_again_gives_the_same_bytes(store):

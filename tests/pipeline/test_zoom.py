@@ -131,6 +131,15 @@ def out(prepared, tmp_path) -> Path:
     return tmp_path / "out"
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+    """Threads of torch that wait for each other are slow where others work too."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(autouse=True)
 def _no_thread_is_left():
     yield
