@@ -1,6 +1,6 @@
 """slidestream: a folder of whole slides in; tissue masks, quadtrees of tiles, features and predictions out.
 
-    from pipeline import open_slide, find_tissue, build_quadtree, BagStore, run, train, predict
+    from pipeline import open_slide, find_tissue, build_quadtree, BagStore, run, train, compare, predict
 
 Names are loaded when they are first used (PEP 562), so that importing this costs nothing.
 """
@@ -13,9 +13,12 @@ _HOME = {
     "Config": "config",
     "QuadTree": "quadtree",
     "build_quadtree": "quadtree",
+    "compare": "comparison",
+    "evaluate": "external",
     "find_tissue": "tissue",
     "open_slide": "readers",
     "predict": "batch",
+    "probe": "probing",
     "run": "batch",
     "train": "training",
 }

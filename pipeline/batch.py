@@ -5,7 +5,7 @@ The stages stand in stages.py, the cluster that runs them in cluster.py.
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +15,8 @@ from extractors import Encoder, EncoderError
 
 from .cluster import Job, interruptible, local_or_named, require_encoder, work_through
 from .config import Config, make_config
-from .errors import SlideError, UsageError
+from .errors import BrokenBag, SlideError, UsageError, slide_door
+from .featurefiles import FeatureFiles
 from .folder import Folder, find_slides
 from .lock import locked, was_locked
 from .meter import Meter
@@ -196,18 +197,27 @@ class _State:
 
 
 def predict(
-    source: str | Path, model: str | Path, out: str | Path | None = None, *, zoom: bool = False, **options: Any
+    source: str | Path,
+    model: str | Path | Sequence[str],
+    out: str | Path | None = None,
+    *,
+    zoom: bool = False,
+    folds: bool = False,
+    **options: Any,
 ) -> Report:
     """Predict slides with a trained model.
 
-    source: an output folder of `run` (then its complete slides are predicted), or slides, whose features are first
-    made in `out` by the model's own recipe. `model`: a model folder, or a name below OUT/models. `zoom`: only tiles
-    below those that the model (hagmil) chooses are encoded; predictions are the same, features are not kept. `options`
-    go to `run` (workers, scheduler, mpp_csv, progress; `weights`, where the model's own file has moved). Writes
-    predictions/<model>.csv (and .zoom.json: what was saved), the attention into the store, and heatmaps.
+    source: an output folder of `run` (then its complete slides are predicted), a folder of feature files (likewise, but
+    for attention and heatmaps), or slides, whose features are first made in `out` by the model's own recipe. `model`: a
+    model folder, or a name below OUT/models; several are averaged, with `folds` those of its cross-validation. `zoom`:
+    only tiles below those that the model (hagmil) chooses are encoded; predictions are the same, features are not kept.
+    `options` go to `run` (workers, scheduler, mpp_csv, progress; `weights`, where the model's own file has moved).
+    Writes predictions/<model>.csv (and .zoom.json: what was saved), the attention into the store, and heatmaps.
     Raises UsageError, RunStopped.
     """
     is_store = (Path(source) / "run.json").is_file()
+    if not is_store and out is None and not options and not zoom and FeatureFiles.are_in(source):
+        return _predict_files(FeatureFiles(source), model, folds)
     if not is_store and out is None:
         raise UsageError(
             f"{source} is no output folder of `slidestream run`; for slides, say with -o where features go"
@@ -215,10 +225,10 @@ def predict(
     if is_store and (out is not None or options or zoom):
         flags = ", ".join([*(["-o"] if out is not None else []), *(["--zoom"] if zoom else []), *options])
         raise UsageError(f"{source} is an output folder, which is predicted as it is: leave {flags} out")
-    from .prediction import find_model, load_model  # torch, which `run` does not need in this process
+    from .prediction import choose_models  # torch, which `run` does not need in this process
 
     place = Path(os.path.abspath(source if is_store else out or ""))
-    trained = load_model(find_model(model, place))
+    trained = choose_models(model, place, folds)
     if is_store:
         return _predict_store(place, trained)
     if zoom:
@@ -244,7 +254,7 @@ def predict(
 
 def _predict_store(out: Path, model: "Model", only: set[str] | None = None) -> Report:
     """Every slide of a store that is complete, or was zoomed into. UsageError if none has features that fit."""
-    from .prediction import fitting_features, predict_stored, write_predictions, zoomed
+    from .prediction import fitting_features, predict_stored, stored_answer, write_predictions, zoomed
 
     started, store = time.time(), BagStore(out)
     table: list[tuple[str, Any]] = []
@@ -263,7 +273,7 @@ def _predict_store(out: Path, model: "Model", only: set[str] | None = None) -> R
             if saving is None:
                 table.append((slide, predict_stored(store, slide, model)))
             else:
-                table.append((slide, group.prediction(model.name)["probabilities"]))
+                table.append((slide, stored_answer(group, model)))
                 savings[slide] = saving
             outcomes.append(Outcome(slide, "done", "predict"))
         except SlideError as error:
@@ -271,9 +281,28 @@ def _predict_store(out: Path, model: "Model", only: set[str] | None = None) -> R
     faults = [outcome for outcome in outcomes if outcome.status == "failed"]
     if not table and faults and all(outcome.stage == "predict" for outcome in faults):
         raise UsageError(f"{out}: {faults[0].message}")
-    write_predictions(out / "predictions" / f"{model.name}.csv", model.classes, table)
+    write_predictions(out / "predictions" / f"{model.name}.csv", model, table)
     total = _write_savings(out / "predictions" / f"{model.name}.zoom.json", savings)
     return Report(tuple(outcomes), seconds=time.time() - started, saving=total)
+
+
+def _predict_files(files: FeatureFiles, model: str | Path | Sequence[str], folds: bool) -> Report:
+    """Bags of other tools have no pictures: only the table is written."""
+    from .prediction import choose_models, predict_slide, write_predictions
+    from .verdict import answer
+
+    started, trained = time.time(), choose_models(model, files.root, folds)
+    table: list[tuple[str, Any]] = []
+    outcomes = []
+    for slide in files.slides():
+        try:
+            with slide_door(slide, "predict", BrokenBag):
+                table.append((slide, answer(trained.task, predict_slide(trained, files.bag(slide)).logits)))
+            outcomes.append(Outcome(slide, "done", "predict"))
+        except SlideError as error:
+            outcomes.append(failed(slide, error))
+    write_predictions(files.root / "predictions" / f"{trained.name}.csv", trained, table)
+    return Report(tuple(outcomes), seconds=time.time() - started)
 
 
 def _write_savings(path: Path, savings: dict[str, Saving]) -> Saving | None:

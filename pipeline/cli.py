@@ -257,7 +257,7 @@ def compare(
     slidestream compare out/ --labels labels.csv --heads abmil@0.5,abmil@1.0 --cv 10 --seeds 5
     """
     settings = {k: v for k, v in locals().items() if k not in ("out", "labels", "heads")}
-    from .compare import compare as compare_heads
+    from .comparison import compare as compare_heads
 
     found = compare_heads(
         out,
@@ -299,8 +299,8 @@ def probe(
     settings = {k: v for k, v in locals().items() if k not in ("out", "labels")}
     if not knn and not linear:
         settings |= {"knn": True, "linear": True}
-    from .probe import lines
-    from .probe import probe as probe_features
+    from .probing import lines
+    from .probing import probe as probe_features
 
     found = probe_features(out, labels, **settings)
     for line in (*(f"note: {warning}" for warning in found["warnings"]), *lines(found)):
@@ -326,11 +326,20 @@ def _options(pairs: list[str]) -> dict[str, Any]:
 @app.command()
 def predict(
     source: Annotated[str, typer.Argument(help="an output folder of `slidestream run`, or slides (then give -o)")],
-    model: Annotated[str, typer.Option("--model", "-m", help="a model folder, or a name below OUT/models")],
+    model: Annotated[
+        list[str],
+        typer.Option("--model", "-m", help="a model folder, or a name below OUT/models; the mean of several"),
+    ],
     out: Annotated[Path | None, typer.Option("--out", "-o", help="where features of slides go")] = None,
+    folds: Annotated[bool, typer.Option("--folds", help="the mean of the models of its cross-validation")] = False,
     zoom: Annotated[
         bool, typer.Option("--zoom", help="encode only tiles below those that the model (hagmil) chooses")
     ] = False,
+    labels: Annotated[
+        Path | None, typer.Option("--labels", help="of these slides: how good the predictions are is told as well")
+    ] = None,
+    target: Target = "label",
+    group: Group = "patient",
     weights: Annotated[
         str | None, typer.Option("--weights", help="the encoder's checkpoint, where it has moved")
     ] = None,
@@ -344,12 +353,15 @@ def predict(
     slidestream predict out/ --model abmil
     slidestream predict new_slides/ -o new_out/ --model out/models/abmil
     slidestream predict new_slides/ -o new_out/ --model out/models/hagmil --zoom
+    slidestream predict new_out/ --model out/models/abmil --folds --labels new_labels.csv
     """
     from .batch import predict as predict_batch
 
+    if labels is not None and zoom:
+        raise UsageError("--labels needs the features of all tiles, which --zoom does not make: leave one of them out")
     given = {"weights": weights, "mpp_csv": mpp_csv, "workers": workers, "scheduler": scheduler}
     options: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
-    options |= {"zoom": True} if zoom else {}
+    options |= {name: True for name, wanted in (("zoom", zoom), ("folds", folds)) if wanted}
     place = Path(out or source)
     with _Terminal() as terminal:
         options |= {} if out is None else {"progress": terminal}
@@ -357,6 +369,10 @@ def predict(
     _tell(report, place)
     if report.saving is not None:
         _say(report.saving.sentence())
+    if labels is not None:
+        from .external import evaluate
+
+        _tell_metrics(evaluate(place, labels, model, folds=folds, target=target, group=group))
     raise typer.Exit(report.exit_code)
 
 
@@ -486,6 +502,13 @@ def _tell(report: Any, out: Path) -> None:
         _say(f"{report.meter.rates()['tiles_per_s']:.0f} tiles/s; {report.meter.sentence()}")
     if report.interrupted:
         _say("interrupted; the same command resumes")
+
+
+def _tell_metrics(results: dict[str, Any]) -> None:
+    from .evaluation import summary_lines
+
+    for line in (*(f"note: {warning}" for warning in results["warnings"]), *summary_lines(results)):
+        _say(line)
 
 
 def _log_fault(error: BaseException) -> str:

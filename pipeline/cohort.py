@@ -56,8 +56,10 @@ def read_cohort(
     site: str | None = None,
     unit: str = "slide",
     encoder: str | None = None,
+    names: Sequence[str] | None = None,
 ) -> Cohort:
-    """`out`: an output folder of `run`, or a folder of feature files. `group` and `site` are columns of the table.
+    """`out`: an output folder of `run`, or a folder of feature files. `group` and `site` are columns of the table,
+    `names` the classes that a model knows.
 
     A table without the column `patient` has a patient for each slide; any other column that is named must be there.
     Raises UsageError.
@@ -73,7 +75,7 @@ def read_cohort(
     first = [rows[0] for rows in members.values()]
     rows = [known.rows[i] for i in first]
     _refuse_unequal(known, members, columns_of(task, target))
-    targets = read_targets(task, rows, target, labels)
+    targets = read_targets(task, rows, target, labels, names)
     chosen = [None if column is None else [column[i] for i in first] for column in (patients, sites)]
     splits = known.splits
     units = list(members)

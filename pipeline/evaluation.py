@@ -170,9 +170,11 @@ def summary(answers: Sequence[Answers], truth: np.ndarray, pooled: Pooled) -> di
 
 def summary_lines(found: dict[str, Any]) -> list[str]:
     """A readable table: pooled with its interval, and mean and deviation of the folds."""
-    lines = [f"{'out of fold':22} {'pooled':>7}  {'95 % interval':16}  mean of folds ± sd"]
+    over_folds = found.get("over_folds", {})
+    title = f"{'out of fold':22} {'pooled':>7}" if over_folds else f"{'these slides':22} {'value':>7}"
+    lines = [f"{title}  {'95 % interval':16}  {'mean of folds ± sd' if over_folds else ''}".rstrip()]
     for name, value in found["pooled"].items():
-        folds = found["over_folds"].get(name)
+        folds = over_folds.get(name)
         beside = f"{folds['mean']:.3f} ± {folds['sd']:.3f}" if folds else ""
         lines.append(f"{name:22} {value['value']:7.3f}  {_span(value):16}  {beside}".rstrip())
     return lines

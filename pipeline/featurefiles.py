@@ -6,14 +6,15 @@ A slide goes by the name of its file without the ending, below the folder. Where
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from heads import BadBag, Bag
-
 from .config import digest
 from .errors import BrokenBag, UsageError, slide_door
+
+if TYPE_CHECKING:
+    from heads import Bag
 
 ENDINGS = (".h5", ".npy", ".pt")  # the first that is there is read
 LAYOUTS = ("h5_files", "pt_files")  # of CLAM: one slide, two folders
@@ -53,8 +54,10 @@ class FeatureFiles:
             raise UsageError(str(error)) from error
         return self
 
-    def bag(self, slide: str) -> Bag:
+    def bag(self, slide: str) -> "Bag":
         """Raises BrokenBag if the file cannot be read, or is of another length than the others."""
+        from heads import BadBag, Bag  # torch, which `run` does not need in its process
+
         path = self._files[slide]
         with slide_door(slide, "train", BrokenBag):
             features, coords, edge = READERS[path.suffix](path)

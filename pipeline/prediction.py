@@ -8,6 +8,7 @@ import csv
 import hashlib
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,11 +20,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from heads import BadBag, Bag, Head, Prediction, load_head
+from heads.average import Average
+from heads.tasks import Task, task_of
 
 from .draw import heatmap, save_png
 from .errors import BrokenBag, UsageError
 from .saving import Saving
 from .store import BagStore, SlideGroup, read_attrs, short_name
+from .verdict import answer, array_name, cells, columns, words
 
 
 @dataclass(frozen=True)
@@ -47,10 +51,24 @@ class Model:
     def classes(self) -> list[str]:
         return list(self.about["classes"])
 
+    @cached_property
+    def task(self) -> Task:
+        """What it was asked."""
+        return task_of(self.about["task"]) if "task" in self.about else self.head.task
+
+    @property
+    def threshold(self) -> float | None:
+        """Of two classes: the probability of the second from which on it is said, chosen on validation slides."""
+        return self.about.get("threshold")
+
     @property
     def level(self) -> float | None:
         """µm/px of the level it reads; None: it reads the whole tree."""
         return self.about["level"]
+
+    def trained_on(self, part: str) -> list[str]:
+        """Slides of `train`, `val` or `test`."""
+        return list(self.about.get("training", {}).get("slides", {}).get(part, ()))
 
     def choose(self, bag: Bag) -> Bag:
         return bag if self.level is None else bag.at(self.level)
@@ -84,11 +102,47 @@ def load_model(folder: Path) -> Model:
     """Read a model folder, strictly. Raises UsageError that says what does not fit."""
     try:
         about = json.loads((folder / "model.json").read_bytes())
-        head = load_head(about["head"], about["dim"], len(about["classes"]), **about["options"])
+        head = load_head(about["head"], about["dim"], about.get("outputs", len(about["classes"])), **about["options"])
         head.load_state_dict(load_file(folder / "model.safetensors"))
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         raise UsageError(f"{folder}: not a usable model: {' '.join(str(error).split())[:400]}") from error
     return Model(folder.name, head.eval(), about, folder)
+
+
+def choose_models(model: str | Path | Sequence[str], out: Path, folds: bool = False) -> Model:
+    """One model, or several as one: names below OUT/models or folders; `folds`: those of a cross-validation."""
+    wanted = [model] if isinstance(model, str | Path) else list(model)
+    load = load_folds if folds else load_model
+    found = [load(find_model(one, out)) for one in wanted]
+    return found[0] if len(found) == 1 else average(found, "+".join(one.name for one in found))
+
+
+def load_folds(folder: Path) -> Model:
+    """The models of a cross-validation as one, which says the mean of what they say."""
+    inner = sorted(part.parent for part in folder.glob("*/model.json"))
+    if not inner:
+        raise UsageError(f"{folder} holds no models of folds: train with --cv, --splits or --split-by")
+    return average([load_model(part) for part in inner], f"{folder.name}-folds")
+
+
+def average(models: Sequence[Model], name: str) -> Model:
+    """Several models as one. Raises UsageError if they do not answer the same question from the same features."""
+    first, *rest = models
+    for other in rest:
+        for key in ("feature_hash", "classes", "level"):
+            if other.about[key] != first.about[key]:
+                raise UsageError(
+                    f"{first.name} and {other.name} cannot be averaged: their {key.replace('_', ' ')} differ"
+                )
+    try:
+        head = Average([model.head for model in models], [model.task for model in models])
+    except ValueError as error:
+        raise UsageError(f"{name}: {error}") from error
+    known = [model.threshold for model in models if model.threshold is not None]
+    threshold = sum(known) / len(known) if known else None
+    seen = [slide for model in models for part in ("train", "val") for slide in model.trained_on(part)]
+    own = {"head": "average", "threshold": threshold, "temperature": None}
+    return Model(name, head.eval(), first.about | own | {"training": {"slides": {"train": seen}}}, first.folder)
 
 
 @torch.no_grad()
@@ -127,7 +181,7 @@ def zoomed(group: SlideGroup, model: Model) -> Saving | None:
 
 
 def predict_stored(store: BagStore, slide: str, model: Model) -> np.ndarray:
-    """Predict one complete slide: its probabilities (C,); attention and heatmap go to where the slide's things are.
+    """Predict one complete slide; attention and heatmap go to where the slide's things are. Returns the answer.
 
     Raises BrokenBag if its features are missing, damaged or not those that the model was trained on.
     """
@@ -142,31 +196,35 @@ def predict_stored(store: BagStore, slide: str, model: Model) -> np.ndarray:
 
 
 def store_prediction(group: SlideGroup, model: Model, prediction: Prediction, out: Path, **attrs: Any) -> np.ndarray:
-    """A picture of the finest tiles; then the scores of the level(s) that the head read. Returns probabilities (C,)."""
-    probabilities = prediction.probabilities.double().numpy()
+    """A picture of the finest tiles; then the scores of the level(s) that the head read. Returns the answer."""
+    values = answer(model.task, prediction.logits)
     tree = group.tree()
     levels = [k for k, part in enumerate(tree.levels) if model.level is None or abs(part.mpp / model.level - 1) < 0.01]
     finest = prediction.tiles[-1].weight.numpy()
-    likely = int(probabilities.argmax())
-    verdict = f"{model.name}: {model.classes[likely]} ({probabilities[likely]:.3f})"
-    words = f"{group.slide}   {verdict}   colour: rank of the attention"
-    picture = heatmap(group.thumbnail(), group.mask(), tree.boxes(levels[-1]), finest, words)
+    verdict = f"{model.name}: {words(model.task, model.classes, values, model.threshold)}"
+    caption = f"{group.slide}   {verdict}   colour: rank of the attention"
+    picture = heatmap(group.thumbnail(), group.mask(), tree.boxes(levels[-1]), finest, caption)
     place = Path(group.slide)
     save_png(out / "heatmaps" / model.name / place.parent / short_name(place.name, ".png"), picture)
     raw = np.concatenate([scores.raw.numpy() for scores in prediction.tiles]).astype(np.float32)
     weight = np.concatenate([scores.weight.numpy() for scores in prediction.tiles]).astype(np.float32)
-    arrays = {"logits": prediction.logits.numpy(), "probabilities": probabilities, "raw": raw, "weight": weight}
+    arrays = {"logits": prediction.logits.numpy(), array_name(model.task): values, "raw": raw, "weight": weight}
     about = {"classes": model.classes, "levels": levels, "feature_hash": model.about["feature_hash"]}
     group.write_prediction(model.name, arrays, **about, **attrs)
-    return probabilities
+    return values
 
 
-def write_predictions(path: Path, classes: list[str], table: list[tuple[str, np.ndarray]]) -> None:
+def stored_answer(group: SlideGroup, model: Model) -> np.ndarray:
+    """What an earlier prediction of this model said. Raises BrokenBag."""
+    return group.prediction(model.name)[array_name(model.task)]
+
+
+def write_predictions(path: Path, model: Model, table: list[tuple[str, np.ndarray]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.partial")
     with open(part, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
         writer = csv.writer(file)
-        writer.writerow(["slide", "prediction", *(f"p_{name}" for name in classes)])
-        for slide, probabilities in sorted(table, key=lambda row: row[0]):
-            writer.writerow([slide, classes[int(probabilities.argmax())], *(f"{p:.6f}" for p in probabilities)])
+        writer.writerow(["slide", *columns(model.task, model.classes)])
+        for slide, values in sorted(table, key=lambda row: row[0]):
+            writer.writerow([slide, *cells(model.task, model.classes, values, model.threshold)])
     os.replace(part, path)

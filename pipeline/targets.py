@@ -59,20 +59,26 @@ def columns_of(kind: str, column: str) -> tuple[str, ...]:
     return ("time", "event") if kind == "survival" else (column,)
 
 
-def read_targets(kind: str, rows: Sequence[dict[str, str]], column: str, table: str | Path) -> Targets:
-    """`rows`: of the usable slides, each with its `slide`. Raises UsageError for what the kind does not allow."""
+def read_targets(
+    kind: str, rows: Sequence[dict[str, str]], column: str, table: str | Path, known: Sequence[str] | None = None
+) -> Targets:
+    """`rows`: of the usable slides, each with its `slide`; `known`: the names that a model has, by default those here.
+
+    Raises UsageError for what the kind does not allow, and for names that are not known.
+    """
     if kind == "survival":
         return _survival(rows, table)
     cells = [row[column] for row in rows]
     if kind == "multilabel":
-        return _labels(cells)
+        return _labels(cells, known, table)
     if kind == "ordinal":
         grades = np.array([_whole(row, column, table) for row in rows])
-        return Targets(kind, tuple(map(str, range(int(grades.max()) + 1))), grades, grades)
+        names = tuple(map(str, range(int(grades.max()) + 1)))
+        return Targets(kind, _names(names, known, table), grades, grades)
     if kind == "regression":
         numbers = np.array([_number(row, column, table) for row in rows])
         return Targets(kind, (column,), numbers, _parts(numbers))
-    names = tuple(sorted(set(cells)))
+    names = _names(tuple(sorted(set(cells))), known, table)
     classes = np.array([names.index(cell) for cell in cells])
     return Targets(kind, names, classes, classes)
 
@@ -87,9 +93,18 @@ def doubts(targets: Targets) -> list[str]:
     ]
 
 
-def _labels(cells: list[str]) -> Targets:
+def _names(here: tuple[str, ...], known: Sequence[str] | None, table: str | Path) -> tuple[str, ...]:
+    if known is None:
+        return here
+    for name in here:
+        if name not in known:
+            raise UsageError(f"{table}: {nearest(name, list(known), 'class')}, as the model was trained")
+    return tuple(known)
+
+
+def _labels(cells: list[str], known: Sequence[str] | None, table: str | Path) -> Targets:
     sets = [{name.strip() for name in cell.split(";")} - {""} for cell in cells]
-    names = tuple(sorted(set().union(*sets)))
+    names = _names(tuple(sorted(set().union(*sets))), known, table)
     there = np.array([[name in one for name in names] for one in sets], int)
     # folds are balanced by the rarest label that a slide has
     rank = np.argsort(np.argsort(there.sum(axis=0)))

@@ -38,13 +38,15 @@ ORDER = (
         "lanes",
         "encode",
         "draw",
+        "verdict",
         "prediction",
         "fingerprint",
         "outcome",
         "tables",
+        "featurefiles",
     ),
     *("folder", "stages", "zoom", "lock", "output", "worker", "cluster", "batch", "labels", "targets", "folds"),
-    *("featurefiles", "bags", "cohort", "curves", "evaluation", "training", "compare", "probe", "demo", "doctor"),
+    *("bags", "cohort", "curves", "evaluation", "external", "training", "comparison", "probing", "demo", "doctor"),
     "cli",
 )
 BROAD = {

@@ -1,0 +1,64 @@
+"""What a trained model is worth on labelled slides that had no part in its training."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from heads.train import logits_of
+
+from .cohort import read_cohort
+from .errors import UsageError
+from .evaluation import Answers, Pooled, write_answers, write_json
+from .prediction import Model, choose_models
+
+
+def evaluate(
+    out: str | Path,
+    labels: str | Path,
+    model: str | Path | Sequence[str],
+    *,
+    folds: bool = False,
+    target: str = "label",
+    group: str = "patient",
+) -> dict[str, Any]:
+    """Metrics with 95 % intervals, the threshold and the temperature as they were chosen in training.
+
+    out: an output folder of `run`, or a folder of feature files. `model`: a folder, or a name below OUT/models; several
+    are averaged, with `folds` those of its cross-validation. The table may lack classes of the model, but have no
+    others. Writes OUT/predictions/<model>.metrics.json and .labelled.csv. Raises UsageError.
+    """
+    one = choose_models(model, Path(out), folds)
+    about, kind = one.about, one.about.get("task", {"kind": "classification"})["kind"]
+    cohort = read_cohort(
+        out,
+        labels,
+        task=kind,
+        target=target,
+        group=group,
+        unit=about.get("unit", "slide"),
+        encoder=None if about["encoder_key"] == "files" else about["encoder_key"],
+        names=one.classes,
+    )
+    if cohort.features.about()["feature_hash"] != about["feature_hash"]:
+        raise UsageError(f"{out}: {one.name} was trained on other features (encoder, tile size or µm/px differ)")
+    rows = np.arange(len(cohort))
+    logits = logits_of(one.head, cohort.bags(one.level))
+    answers = [Answers("external", 0, one.task, rows, logits, one.threshold, about.get("temperature"))]
+    truth = cohort.targets.truth
+    found = Pooled(answers, truth, cohort.groups).intervals()
+    results: dict[str, Any] = {"model": one.name, "labels": str(labels), f"{cohort.unit}s": len(cohort)}
+    results["pooled"] = {name: value._asdict() for name, value in found.items()}
+    folder = cohort.place / "predictions"
+    folder.mkdir(exist_ok=True)
+    write_json(folder / f"{one.name}.metrics.json", results)
+    write_answers(folder / f"{one.name}.labelled.csv", answers, cohort.units, truth, cohort.targets.names)
+    return results | {"warnings": [*cohort.warnings, *_seen(one, cohort.slides)]}
+
+
+def _seen(model: Model, slides: Sequence[Sequence[str]]) -> list[str]:
+    """A word of warning where the model was trained on some of these slides, as far as their names tell."""
+    seen = {*model.trained_on("train"), *model.trained_on("val")}
+    here = [slide for unit in slides for slide in unit if slide in seen]
+    return [f"{len(here)} of these slides have names that {model.name} was trained on: {here[0]}"] if here else []
