@@ -291,7 +291,8 @@ def test_predicting_again_gives_the_same_bytes(store):
 
 def test_the_table_of_predictions(tmp_path):
     table = [("b, x.svs", np.array([0.25, 0.75])), ("a.svs", np.array([0.9, 0.1]))]
-    write_predictions(tmp_path / "predictions/m.csv", ["neg", "pos"], table)
+    two = Model("m", load_head("mean", DIM, 2), about() | {"classes": ["neg", "pos"]})
+    write_predictions(tmp_path / "predictions/m.csv", two, table)
     with open(tmp_path / "predictions/m.csv", newline="") as file:
         assert list(csv.reader(file)) == [
             ["slide", "prediction", "p_neg", "p_pos"],
