@@ -56,7 +56,10 @@ class Head(nn.Module):
                 f"{name} reads one level, this bag has {levels}: choose one with bag.at(mpp) or bag.finest"
             )
         if levels < self.needs.levels:
-            raise ValueError(f"{name} needs {self.needs.levels} levels or more, this bag has {levels}")
+            raise ValueError(
+                f"{name} needs {self.needs.levels} levels or more, this bag has {levels}: make their features with "
+                f"`slidestream run SLIDES -o OUT --levels {self.needs.levels}`"
+            )
         if bag.dim != self.dim:
             raise ValueError(f"{name} was made for {self.dim} features per tile, this bag has {bag.dim}")
         for column in ("grid", "tissue"):

@@ -180,6 +180,18 @@ def test_eval_is_deterministic_and_draws_no_random_numbers(make):
     assert torch.equal(torch.get_rng_state(), state)
 
 
+@pytest.mark.filterwarnings("ignore")  # dynamo's, of where it goes on in Python
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiled_it_says_the_same(make, backend):
+    """Two bags of different sizes, as the second is where a graph that was made for the first would be wrong."""
+    head = make()
+    torch._dynamo.reset()
+    compiled = torch.compile(head, backend=backend)
+    for n in (50, 7):
+        bag = rows(columns(n), np.arange(n))
+        torch.testing.assert_close(run(compiled, bag).logits, run(head, bag).logits, rtol=1e-4, atol=1e-5)
+
+
 def test_a_bag_the_head_was_not_made_for_is_refused(make):
     head = make()
     coarse = BagLevel.of(np.ones((1, DIM)), mpp=2, grid=np.zeros((1, 2), int))
