@@ -131,8 +131,10 @@ class Bag:
         counts = sorted({len(bag.levels) for bag in bags})
         if len(counts) > 1:
             raise BadBag(f"slides with {' and '.join(map(str, counts))} levels cannot be one bag")
-        apart = _side_by_side(bags)
-        levels = [_joined_level([bag.levels[k] for bag in bags], apart << k) for k in range(counts[0])]
+        if len(dims := sorted({bag.dim for bag in bags})) > 1:
+            raise BadBag(f"slides with {' and '.join(map(str, dims))} features a tile cannot be one bag")
+        moves = _side_by_side(bags)
+        levels = [_joined_level([bag.levels[k] for bag in bags], moves << k) for k in range(counts[0])]
         above = [0] * len(bags)
         for k, level in enumerate(levels):
             if k:
@@ -262,30 +264,42 @@ class Prediction:
 
 
 def _side_by_side(bags: Sequence[Bag]) -> Tensor:
-    """(B,) columns of the coarsest level by which each bag is moved, so that they stand GAP tiles apart."""
+    """(B, 2) columns and rows of the coarsest level by which each bag is moved: to row 0, GAP tiles apart.
+
+    Each begins at an even column, so that squares of 2 x 2 that are counted from a bag's first tile stay the same.
+    """
     moves, free = [], 0
     for bag in bags:
         grid = bag.levels[0].grid
-        first, last = (0, 0) if grid is None else (int(grid[:, 0].min()), int(grid[:, 0].max()))
-        move = free - first + (free - first) % 2  # an even number: what is pooled together stays together
-        moves.append(move)
-        free = last + move + 1 + GAP
-    return torch.tensor(moves)
+        if grid is None:
+            return torch.zeros(len(bags), 2, dtype=torch.int64)
+        first = grid.amin(0).cpu()
+        moves.append(torch.stack([free - first[0], -first[1]]))
+        free += int(grid[:, 0].max() - first[0]) + 1 + GAP
+        free += free % 2
+    return torch.stack(moves)
 
 
 def _joined_level(levels: Sequence[BagLevel], moves: Tensor) -> BagLevel:
     first = levels[0]
+    _refuse_mixed(levels)
     columns: dict[str, Tensor | None] = {}
     for name in COLUMNS:
         parts = [getattr(level, name) for level in levels]
         known = [part for part in parts if part is not None]
         if name == "grid" and len(known) == len(parts):
-            known = [grid + grid.new_tensor([move, 0]) for grid, move in zip(known, moves.tolist(), strict=True)]
+            known = [grid + move.to(grid.device) for grid, move in zip(known, moves, strict=True)]
         if name == "features" and known and len(known) < len(parts):
             raise BadBag("slides of which only some have features at a level cannot be one bag")
         columns[name] = torch.cat(known) if len(known) == len(parts) else None
-    mpp = first.mpp if all(level.mpp == first.mpp for level in levels) else None
-    return BagLevel(**columns, mpp=mpp, tile_px=first.tile_px)  # type: ignore[arg-type]
+    return BagLevel(**columns, mpp=first.mpp, tile_px=first.tile_px)  # type: ignore[arg-type]
+
+
+def _refuse_mixed(levels: Sequence[BagLevel]) -> None:
+    known = sorted(level.mpp for level in levels if level.mpp is not None)
+    if known and (len(known) < len(levels) or known[-1] / known[0] > 1.01):
+        there = ", ".join("unknown" if level.mpp is None else f"{level.mpp:g}" for level in levels)
+        raise BadBag(f"tiles of different resolutions cannot be one level of a bag: {there} µm per pixel")
 
 
 def _column(name: str, values: Tensor, count: int) -> Tensor:

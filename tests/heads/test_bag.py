@@ -1,11 +1,13 @@
 import dataclasses
 import pickle
+from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
 
-from heads import BadBag, Bag, BagLevel, Prediction, TileScores
+from heads import BadBag, Bag, BagLevel, Prediction, TileScores, load_head
+from heads.longmil import squares_of
 
 N, D = 7, 5
 
@@ -172,3 +174,124 @@ def test_scores_are_put_back_at_their_rows():
 def test_probabilities_are_the_softmax_of_the_logits():
     logits = torch.tensor([0.0, np.log(3.0)])
     np.testing.assert_allclose(Prediction(logits, logits, ()).probabilities, [0.25, 0.75], rtol=1e-6)
+
+
+# --- several slides as one bag ---------------------------------------------------------------------------------------
+
+
+def tree_bag(seed: int, origin=(0, 0), slide: str = "", mpp: float = 0.5, valid=None) -> Bag:
+    """Two levels of a quadtree: 4 roots in a square that begins at `origin`, 1 to 4 children each."""
+    random = np.random.default_rng(seed)
+    roots = np.add(origin, [[0, 0], [1, 0], [0, 1], [1, 1]])
+    parent = np.repeat(np.arange(4), random.integers(1, 5, 4))
+    corner = np.concatenate([np.arange((parent == root).sum()) for root in range(4)])
+    children = roots[parent] * 2 + np.stack([corner % 2, corner // 2], axis=1)
+    levels = [
+        BagLevel.of(random.normal(size=(len(grid), D)), grid=grid, parent=up, mpp=at, tile_px=8, span_px=9.5,
+                    tissue=random.random(len(grid)), xy=grid * 8)
+        for grid, up, at in ((roots, None, mpp * 2), (children, parent, mpp))
+    ]  # fmt: skip
+    return Bag(levels, slide)
+
+
+def test_one_slide_alone_is_itself():
+    bag = tree_bag(0, slide="a.svs")
+    assert Bag.joined([bag]) is bag
+
+
+def test_joined_rows_stand_in_the_order_of_the_slides():
+    bags = [tree_bag(seed, slide=f"{seed}.svs") for seed in range(3)]
+    whole = Bag.joined(bags)
+    assert whole.slide == "0.svs"
+    assert Bag.joined(bags, "patient 7").slide == "patient 7"
+    for k, level in enumerate(whole.levels):
+        for name in ("features", "tissue", "valid", "xy"):
+            assert torch.equal(getattr(level, name), torch.cat([getattr(bag.levels[k], name) for bag in bags]))
+        assert (level.mpp, level.tile_px, level.span_px) == ((1.0, 0.5)[k], 8, None)
+
+
+def test_joined_parents_are_those_of_each_slide():
+    bags = [tree_bag(seed, origin=(3 * seed, 5 - seed)) for seed in range(3)]
+    roots, children = Bag.joined(bags).levels
+    assert (roots.parent == -1).all()
+    assert torch.equal(children.grid // 2, roots.grid[children.parent]), "the tree is one on the grid too"
+    start = 0
+    for i, bag in enumerate(bags):
+        end = start + len(bag.levels[1])
+        assert torch.equal(children.parent[start:end], bag.levels[1].parent + 4 * i)
+        start = end
+
+
+def test_slides_stand_out_of_each_others_sight():
+    bags = [tree_bag(seed, origin=(7 * seed + 1, 0)).finest for seed in range(3)]
+    grid = Bag.joined(bags).grid
+    parts = grid.split([len(bag) for bag in bags])
+    for left, right in pairwise(parts):
+        assert right[:, 0].min() - left[:, 0].max() > 256
+    for part, bag in zip(parts, bags, strict=True):
+        assert torch.equal(part - part.amin(0), bag.grid - bag.grid.amin(0)), "moved, not bent"
+
+
+@pytest.mark.parametrize("origins", [[(0, 0), (1, 3)], [(5, 2), (2, 5), (3, 4)], [(-3, -1), (0, 0)]])
+def test_what_a_slide_pools_alone_it_pools_in_a_joined_bag(origins):
+    bags = [tree_bag(seed, origin=origin).finest for seed, origin in enumerate(origins)]
+    alone = [squares_of(bag.grid)[1] for bag in bags]
+    together = squares_of(Bag.joined(bags).grid)[1]
+    start = 0
+    for one in alone:
+        part = together[start : start + len(one)]
+        assert torch.equal(one[:, None] == one, part[:, None] == part)
+        start += len(one)
+    assert len(together.unique()) == sum(len(one.unique()) for one in alone)
+
+
+def test_invalid_tiles_of_a_joined_slide_stay_so():
+    flat = [Bag.flat(features(4), valid=[True, False, True, True]), Bag.flat(features(3))]
+    whole = Bag.joined(flat)
+    assert whole.valid.tolist() == [True, False, *[True] * 5]
+    assert torch.equal(whole.valid_features, torch.cat([bag.valid_features for bag in flat]))
+
+
+def test_what_only_some_slides_have_the_joined_bag_has_not():
+    whole = Bag.joined([Bag.flat(features(3), grid=np.arange(6).reshape(3, 2)), Bag.flat(features(2))])
+    assert len(whole) == 5
+    with pytest.raises(BadBag, match="no grid"):
+        _ = whole.grid
+
+
+@pytest.mark.parametrize(
+    ("bags", "words"),
+    [
+        ([tree_bag(0), tree_bag(1).finest], "1 and 2 levels"),
+        ([tree_bag(0), tree_bag(1, mpp=0.25)], "different resolutions.*1, 0.5 µm"),
+        ([tree_bag(0).finest, Bag.flat(features(3))], "different resolutions.*0.5, unknown"),
+        ([Bag.flat(features(3)), Bag.flat(features(3, D + 1))], "5 and 6 features a tile"),
+    ],
+)
+def test_slides_that_cannot_be_one_bag(bags, words):
+    with pytest.raises(BadBag, match=words):
+        Bag.joined(bags)
+
+
+def test_a_level_that_only_some_slides_have_encoded_is_refused():
+    bare = tree_bag(1)
+    bare = Bag([dataclasses.replace(bare.levels[0], features=None), bare.levels[1]])
+    with pytest.raises(BadBag, match="only some have features"):
+        Bag.joined([tree_bag(0), bare])
+    assert Bag.joined([bare, bare]).levels[0].features is None
+
+
+@pytest.mark.parametrize(
+    ("head", "options"), [("mean", {}), ("longmil", {"width": 16, "heads": 2, "radius": 3}), ("hagmil", {"levels": 2})]
+)
+def test_heads_read_joined_bags(head, options):
+    made = load_head(head, D, 2, **options).eval()
+    bags = [tree_bag(0), tree_bag(1, origin=(4, 1))]
+    if made.needs.levels == 1:
+        bags = [bag.finest for bag in bags]
+    found = made(Bag.joined(bags))
+    assert found.logits.isfinite().all()
+    assert len(found.tiles[-1].weight) == sum(len(bag.levels[-1]) for bag in bags)
+    if head == "mean":
+        mean = torch.cat([bag.features for bag in bags]).mean(0, keepdim=True)
+        torch.testing.assert_close(found.logits, made(Bag.flat(mean)).logits)
