@@ -204,7 +204,7 @@ def holm(p: Sequence[float]) -> list[float]:
 def best_threshold(probabilities: np.ndarray, truth: np.ndarray) -> float:
     """(n,) of the second class → where sensitivity + specificity is largest (Youden), half-way between two slides.
 
-    Of equals the one nearest to 0.5; 0.5 where only one class occurs.
+    Of equals the one nearest to 0.5; 0.5 where only one class occurs, or nothing parts them better than chance.
     """
     if len(np.unique(truth)) < 2:
         return 0.5
@@ -212,6 +212,8 @@ def best_threshold(probabilities: np.ndarray, truth: np.ndarray) -> float:
     cuts = np.concatenate([(levels[1:] + levels[:-1]) / 2, [0.5]])
     guess = probabilities >= cuts[:, None]
     sums = guess[:, truth == 1].mean(axis=1) - guess[:, truth == 0].mean(axis=1)
+    if sums.max() <= 0:
+        return 0.5
     best = cuts[sums >= sums.max() - 1e-12]
     return float(best[np.abs(best - 0.5).argmin()])
 

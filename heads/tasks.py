@@ -144,7 +144,8 @@ class Survival:
         events = np.asarray(times, float)[np.asarray(seen, bool)]
         if not len(events):
             raise ValueError("no event was seen: survival cannot be learned from slides without one")
-        cuts = np.unique(np.quantile(events, np.arange(1, bins) / bins))
+        # cuts are times of events, so that each bin holds the one it begins with
+        cuts = np.unique(np.quantile(events, np.arange(1, bins) / bins, method="higher"))
         cuts = cuts[cuts > events.min()]  # else nobody is in the first bin
         return cls(len(cuts) + 1, cuts=tuple(cuts.tolist()))
 

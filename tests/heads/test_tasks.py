@@ -1,9 +1,11 @@
+import json
 import math
 
+import numpy as np
 import pytest
 import torch
 
-from heads.tasks import Classification, MultiLabel, Ordinal, Regression, Survival
+from heads.tasks import KINDS, Classification, MultiLabel, Ordinal, Regression, Survival, describe, task_of
 
 
 def test_classification_by_hand():
@@ -65,3 +67,55 @@ def test_higher_hazards_are_a_higher_risk_and_no_logit_is_too_large():
 )
 def test_outputs(task, outputs):
     assert task.outputs == outputs
+
+
+# --- tasks made of the training slides, and told to JSON -------------------------------------------------------------
+
+
+def test_a_regression_is_centred_on_the_training_numbers():
+    task = Regression.of([2.0, 4.0, 6.0])
+    assert (task.centre, task.scale) == (4, pytest.approx(math.sqrt(8 / 3)))
+    assert task.predict(torch.tensor([0.0])).item() == 4
+    assert Regression.of([3.0, 3.0]).scale == 1, "no spread to divide by"
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_bins_of_time_hold_as_many_events_each(seed):
+    random = np.random.default_rng(seed)
+    times, seen = random.exponential(10, 80), random.random(80) < 0.5
+    task = Survival.of(times, seen, 4)
+    counts = np.bincount([task.bin(t) for t in times[seen]], minlength=task.bins)
+    assert task.bins == task.outputs == 4
+    assert np.ptp(counts) <= 1
+
+
+@pytest.mark.parametrize(
+    ("events", "bins"), [([5], 1), ([5, 5, 5, 5], 1), ([1, 1, 1, 9], 2), ([1, 1, 2, 2], 2), ([1, 2, 3], 3)]
+)
+def test_no_bin_of_time_is_empty_of_events(events, bins):
+    task = Survival.of(np.array([*events, 100, 0.5]), np.array([1] * len(events) + [0, 0]))
+    assert {task.bin(t) for t in events} == set(range(task.bins))
+    assert task.bins == bins
+    assert task.bin(0) == 0
+    assert task.bin(1e9) == task.bins - 1
+
+
+def test_without_an_event_there_are_no_bins():
+    with pytest.raises(ValueError, match="no event was seen"):
+        Survival.of(np.array([1.0, 2.0]), np.array([0, 0]))
+
+
+@pytest.mark.parametrize(
+    "task",
+    [
+        Classification(3, (1.0, 2.0, 0.5), 0.1),
+        MultiLabel(2),
+        Ordinal(5),
+        Regression(3.5, 0.25),
+        Survival(3, 0.2, (1.5, 8.0)),
+    ],
+)
+def test_a_task_survives_json(task):
+    description = json.loads(json.dumps(describe(task)))
+    assert task_of(description) == task
+    assert KINDS[description["kind"]] is type(task)
