@@ -70,7 +70,7 @@ def read_targets(
         return _survival(rows, table)
     cells = [row[column] for row in rows]
     if kind == "multilabel":
-        return _labels(cells, known, table)
+        return _labels(cells, column, known, table)
     if kind == "ordinal":
         grades = np.array([_whole(row, column, table) for row in rows])
         names = tuple(map(str, range(int(grades.max()) + 1)))
@@ -102,9 +102,11 @@ def _names(here: tuple[str, ...], known: Sequence[str] | None, table: str | Path
     return tuple(known)
 
 
-def _labels(cells: list[str], known: Sequence[str] | None, table: str | Path) -> Targets:
+def _labels(cells: list[str], column: str, known: Sequence[str] | None, table: str | Path) -> Targets:
     sets = [{name.strip() for name in cell.split(";")} - {""} for cell in cells]
     names = _names(tuple(sorted(set().union(*sets))), known, table)
+    if not names:
+        raise UsageError(f"{table}: {column} is empty everywhere: there is no label to learn")
     there = np.array([[name in one for name in names] for one in sets], int)
     # folds are balanced by the rarest label that a slide has
     rank = np.argsort(np.argsort(there.sum(axis=0)))
@@ -115,8 +117,13 @@ def _labels(cells: list[str], known: Sequence[str] | None, table: str | Path) ->
 def _survival(rows: Sequence[dict[str, str]], table: str | Path) -> Targets:
     times = np.array([_number(row, "time", table) for row in rows])
     seen = np.array([_whole(row, "event", table) for row in rows])
-    if times.min() < 0 or seen.max() > 1:
-        raise UsageError(f"{table}: time must be 0 or more, event 1 (seen) or 0 (lost from sight)")
+    odd = np.flatnonzero((times < 0) | (seen > 1))
+    if len(odd):
+        row = rows[odd[0]]
+        raise UsageError(
+            f"{table}: time of {row['slide']!r} is {row['time']!r}, its event {row['event']!r}; "
+            "time must be 0 or more, event 1 (seen) or 0 (lost from sight)"
+        )
     if not seen.any():
         raise UsageError(f"{table}: no event was seen (event is 0 everywhere): survival cannot be learned")
     return Targets("survival", ("risk",), np.stack([times, seen], axis=1), seen)
