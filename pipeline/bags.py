@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from heads import Bag
+from heads import BadBag, Bag
 
 from .errors import BrokenBag, UsageError
 from .output import read_run
@@ -23,6 +23,10 @@ class Features(Protocol):
 
     def bag(self, slide: str) -> Bag:
         """All levels. Raises BrokenBag."""
+        ...
+
+    def state(self, slide: str) -> str:
+        """Another one when the features of the slide are others."""
         ...
 
     def about(self) -> dict[str, Any]:
@@ -43,6 +47,9 @@ class StoredFeatures:
 
     def bag(self, slide: str) -> Bag:
         return self._store.bag(slide, self._key)
+
+    def state(self, slide: str) -> str:
+        return self._store.group(slide).features(self._key).checksums()
 
     def about(self) -> dict[str, Any]:
         run = read_run(self._store.root)
@@ -113,7 +120,8 @@ def choose_level(levels: Sequence[float], wanted: float | None) -> float | None:
 class Bags(Sequence[Bag]):
     """Bags that are read when they are asked for, and kept in memory while they fit.
 
-    units: the slides of each bag, one or (of a patient) several.
+    units: the slides of each bag, one or (of a patient) several. A damaged slide is a UsageError: what was asked for
+    cannot be had without it.
     """
 
     def __init__(self, features: Features, units: Iterable[Sequence[str]], level: float | None) -> None:
@@ -129,15 +137,18 @@ class Bags(Sequence[Bag]):
             return [self[i] for i in range(*index.indices(len(self)))]
         if index in self._kept:
             return self._kept[index]
-        bag = Bag.joined([self._one(slide) for slide in self._units[index]])
+        bag = self._read(self._units[index])
         if self._bytes < CACHE_BYTES:
             self._kept[index] = bag
             self._bytes += bag.features.nbytes
         return bag
 
-    def _one(self, slide: str) -> Bag:
-        bag = self._features.bag(slide)
-        return bag if self._level is None else bag.at(self._level)
+    def _read(self, slides: Sequence[str]) -> Bag:
+        try:
+            bags = [self._features.bag(slide) for slide in slides]
+            return Bag.joined(bags if self._level is None else [bag.at(self._level) for bag in bags])
+        except (BrokenBag, BadBag) as error:
+            raise UsageError(str(error)) from error
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ A slide goes by the name of its file without the ending, below the folder. Where
 .h5 is read: it has the coordinates, which become the grid that heads with places need.
 """
 
+import pickle
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,7 @@ import numpy as np
 
 from .config import digest
 from .errors import BrokenBag, UsageError, slide_door
+from .fingerprint import fingerprint
 
 if TYPE_CHECKING:
     from heads import Bag
@@ -20,6 +22,7 @@ ENDINGS = (".h5", ".npy", ".pt")  # the first that is there is read
 LAYOUTS = ("h5_files", "pt_files")  # of CLAM: one slide, two folders
 FEATURES, COORDS = ("features", "feats"), ("coords",)
 EDGES = ("patch_size_level0", "tile_size_um")  # of a tile, in the unit of the coordinates: of TRIDENT, of STAMP
+DIGITS = 3  # of a distance between tiles: µm are not whole
 
 
 class FeatureFiles:
@@ -79,6 +82,10 @@ class FeatureFiles:
         except BadBag as error:
             raise BrokenBag(slide, "train", f"{path}: {error}") from error
 
+    def state(self, slide: str) -> str:
+        """Changes with the file."""
+        return fingerprint(self._files[slide]).sha256
+
     def about(self) -> dict[str, Any]:
         """Only their length is known: a model of these takes whatever has as many."""
         facts = {"name": "files", "dim": self.dim}
@@ -96,12 +103,29 @@ def _files(root: Path) -> dict[str, Path]:
     return found
 
 
-def _grid(coords: np.ndarray, edge: float | None) -> np.ndarray:
-    """(N, 2) positions → (column, row). Without a known edge, tiles stand as far apart as the nearest two of a row."""
-    steps = [np.diff(np.unique(coords[:, axis])) for axis in (0, 1)]
-    known = np.concatenate(steps)
-    step = edge or (float(known.min()) if len(known) else 1.0)
-    return np.rint((coords - coords.min(axis=0)) / step).astype(np.int64)
+def _grid(coords: np.ndarray, step: float | None) -> np.ndarray:
+    """(N, 2) positions → (column, row); tiles stand `step` apart, as neighbours mostly do where it is not known."""
+    if not len(coords):
+        raise ValueError("it has no tile")
+    if not np.isfinite(coords).all():
+        raise ValueError("it has coordinates that are not finite")
+    cells = (coords - coords.min(axis=0)) / (step or _usual_step(coords))
+    return np.floor(cells + 0.5).astype(np.int64)  # not rint, which would bend a contour that is half a tile off
+
+
+def _usual_step(coords: np.ndarray) -> float:
+    """The most frequent distance to the next tile of the same row or column.
+
+    Of the same: CLAM's contours start where they like, so that rows of two contours may be a pixel apart.
+    """
+    steps = []
+    for axis in (0, 1):
+        lines = np.round(coords[np.lexsort((coords[:, axis], coords[:, 1 - axis]))], DIGITS)
+        same = np.diff(lines[:, 1 - axis]) == 0
+        steps.append(np.diff(lines[:, axis])[same])
+    known, counts = np.unique(np.round(np.concatenate(steps), DIGITS), return_counts=True)
+    known, counts = known[known > 0], counts[known > 0]
+    return float(known[counts.argmax()]) if len(known) else 1.0
 
 
 def _read_h5(path: Path) -> tuple[np.ndarray, np.ndarray | None, float | None]:
@@ -115,23 +139,32 @@ def _read_h5(path: Path) -> tuple[np.ndarray, np.ndarray | None, float | None]:
             raise ValueError(f"it has no {' or '.join(FEATURES)}; there are {', '.join(file) or 'none'}")
         coords = next((file[name] for name in COORDS if name in file), None)
         attrs = dict(file.attrs) | ({} if coords is None else dict(coords.attrs))
-        edge = next((float(attrs[name]) for name in EDGES if name in attrs), None)
-        if edge is None and "patch_size" in attrs and "downsample" in attrs:  # of CLAM, in pixels of the patch's level
-            edge = float(attrs["patch_size"]) * float(np.ravel(attrs["downsample"])[0])
-        return file[name][()], None if coords is None else coords[()], edge
+        return file[name][()], None if coords is None else coords[()], _step(attrs)
+
+
+def _step(attrs: dict[str, Any]) -> float | None:
+    """From a tile to the next, in the unit of the coordinates, where that is said."""
+    edge = next((float(attrs[name]) for name in EDGES if name in attrs), None)
+    if edge is None:  # CLAM's patch_size is in pixels of the patch's level, and its step may be another
+        return None
+    overlap = float(attrs.get("overlap", 0)) / float(attrs["patch_size"]) if "patch_size" in attrs else 0.0
+    return edge * (1 - overlap) if overlap < 1 else None
 
 
 def _read_pt(path: Path) -> tuple[np.ndarray, np.ndarray | None, float | None]:
     import torch
 
-    held = torch.load(path, map_location="cpu", weights_only=True)
-    if not isinstance(held, dict):
-        return held.float().numpy(), None, None
+    try:
+        held = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError("it is damaged, or holds more than tensors and was not run") from error
+    held = held if isinstance(held, dict) else {FEATURES[0]: held}
     name = next((name for name in FEATURES if name in held), None)
     if name is None:
         raise ValueError(f"it has no {' or '.join(FEATURES)}; there are {', '.join(map(str, held)) or 'none'}")
     coords = next((held[name] for name in COORDS if name in held), None)
-    return held[name].float().numpy(), None if coords is None else np.asarray(coords), None
+    features = torch.as_tensor(held[name]).detach().float().numpy()  # numpy has no bfloat16
+    return features, None if coords is None else np.asarray(coords), None
 
 
 def _read_npy(path: Path) -> tuple[np.ndarray, np.ndarray | None, float | None]:

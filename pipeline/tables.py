@@ -83,10 +83,15 @@ class SlideNames:
         meant = {cell} & self.names
         if self.root is not None:
             meant |= {os.path.relpath(os.path.join(os.path.abspath(table.parent), cell), self.root)} & self.names
-        found = sorted(meant or set(self.stems.get(cell, [])))
+        found = sorted(meant or set(self.stems.get(cell, self._without_ending(cell))))
         if len(found) > 1:
             raise UsageError(f"{table}: {cell!r} could be any of {', '.join(found)}; write one of these")
         return found[0] if found else None
+
+    def _without_ending(self, cell: str) -> list[str]:
+        """Names that have no ending themselves, as those of feature files: `a.svs` of a table is their `a`."""
+        bare = os.path.splitext(cell)[0]
+        return [name for name in self.stems.get(bare, []) if bare in (name, os.path.basename(name))]
 
 
 def read_mpp_csv(path: str | Path, slides: SlideNames) -> tuple[dict[str, float], list[str]]:
