@@ -3,7 +3,7 @@
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +40,16 @@ class Cohort:
     def __len__(self) -> int:
         return len(self.units)
 
+    def index(self) -> dict[str, int]:
+        """The row of each unit, and of each of its slides."""
+        slides = {slide: row for row, slides in enumerate(self.slides) for slide in slides}
+        return slides | {unit: row for row, unit in enumerate(self.units)}
+
+    @cached_property
+    def state(self) -> list[list[str]]:
+        """Another one when the features of any slide are others."""
+        return [[self.features.state(slide) for slide in slides] for slides in self.slides]
+
     @lru_cache(maxsize=4)  # noqa: B019 - a cohort lives as long as the command
     def bags(self, level: float | None) -> Bags:
         """Read at this level (µm/px), or all levels."""
@@ -66,6 +76,7 @@ def read_cohort(
     """
     if unit not in UNITS:
         raise UsageError(f"--unit must be one of {', '.join(UNITS)}, not {unit!r}")
+    target, group, site = target.lower(), group.lower(), site and site.lower()  # as tables are read
     place = place_of(out)
     known = read_labels(labels, place, columns_of(task, target), may_be_empty=task == "multilabel")
     patients = known.column(group) if group == "patient" and unit == "slide" else known.required(group)

@@ -6,11 +6,13 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from heads.metrics import holm, main_metric
 
 from .errors import UsageError
 from .evaluation import better, write_json
-from .training import Trained, train
+from .training import Trained, checked_name, train
 
 
 @dataclass(frozen=True)
@@ -36,13 +38,15 @@ class Comparison:
         lines += ["", f"differences of {self.metric}, paired bootstrap by patient, p after Holm:"]
         for pair in self.pairs:
             words = f"{pair['a']} - {pair['b']}"
-            span = f"({pair['low']:+.3f} to {pair['high']:+.3f})"
-            lines.append(f"{words:{2 * width + 3}}{pair['value']:+.3f} {span}  p {pair['p_holm']:.3g}")
+            known = not np.isnan(pair["p"])
+            span = f" ({pair['low']:+.3f} to {pair['high']:+.3f})  p {pair['p_holm']:.3g}" if known else " not tested"
+            lines.append(f"{words:{2 * width + 3}}{pair['value']:+.3f}{span}")
         return lines
 
 
 def _cell(value: dict[str, float]) -> str:
-    return f"{value['value']:.3f} ({value['low']:.3f}-{value['high']:.3f})"
+    span = "" if np.isnan(value["low"]) else f" ({value['low']:.3f}-{value['high']:.3f})"
+    return f"{value['value']:.3f}{span}"
 
 
 def compare(
@@ -63,7 +67,8 @@ def compare(
     own, OUT/models/<name>; folds that an earlier call has trained just so are not trained again. Writes
     OUT/models/<name>.json. Raises UsageError.
     """
-    if len(set(heads)) < 2:
+    name, heads = checked_name(name), list(dict.fromkeys(heads))
+    if len(heads) < 2:
         raise UsageError(f"--heads {','.join(heads)}: two different heads at least")
     if cv is None and splits is None and split_by is None:
         cv = 5

@@ -187,7 +187,7 @@ def _span(value: dict[str, float]) -> str:
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """NaN, which JSON has not, becomes null."""
     part = path.with_name(f"{path.name}.partial")
-    part.write_text(json.dumps(_plain(content), indent=1) + "\n")
+    part.write_text(json.dumps(_plain(content), indent=1, allow_nan=False) + "\n")
     os.replace(part, path)
 
 

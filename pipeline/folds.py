@@ -98,10 +98,10 @@ def by_tiles(tiles: np.ndarray, strata: np.ndarray, whose: np.ndarray, seed: int
     """Trained on small bags, tested on the largest third. Patients that have both go with the large ones."""
     order = np.argsort(tiles, kind="stable")
     large = np.isin(whose, whose[order[len(order) - max(1, round(len(order) * LARGE)) :]])
-    rows, nobody = np.arange(len(tiles)), np.empty(0, int)
-    fold = _with_validation(Fold("", rows[~large], nobody, rows[large]), strata, whose, seed)
     if large.all():
         raise UsageError("--split-by tiles: patients (or sites) with large slides have all the small ones too")
+    rows, nobody = np.arange(len(tiles)), np.empty(0, int)
+    fold = _with_validation(Fold("", rows[~large], nobody, rows[large]), strata, whose, seed)
     small = f"{tiles[~large].min()}-{tiles[~large].max()}"
     words = f"trained on slides of {small} tiles, tested on {tiles[large].min()}-{tiles[large].max()}"
     return replace(fold, words=f"{words}; {fold.words}")
@@ -109,14 +109,29 @@ def by_tiles(tiles: np.ndarray, strata: np.ndarray, whose: np.ndarray, seed: int
 
 def _with_validation(fold: Fold, strata: np.ndarray, whose: np.ndarray, seed: int) -> Fold:
     """A fifth of the training slides is parted off. Raises UsageError where that cannot be done."""
-    parted = len(np.unique(whose)) < len(whose)
+    where, parted = fold.name or "training", len(np.unique(whose)) < len(whose)
+    if not len(fold.train):
+        raise UsageError(f"{where}: there is no slide to train on")
+    both = _on_both_sides(strata[fold.train], whose[fold.train])
+    held, kept = fold.train[both], fold.train[~both]
     try:
-        inner, outer = split(strata[fold.train], whose[fold.train] if parted else None, seed=seed)
+        inner, outer = split(strata[held], whose[held] if parted else None, seed=seed)
     except ValueError as error:
-        raise UsageError(f"{fold.name or 'training'}: no validation set can be parted off: {error}") from error
+        raise UsageError(f"{where}: no validation set can be parted off: {error}") from error
     words = f"validation: a fifth of the training slides{', parted by patient or site' if parted else ''}"
+    words += f", {len(kept)} rare ones never" if len(kept) else ""
     words = f"{fold.words}; {words}" if fold.words else words
-    return replace(fold, train=fold.train[inner], val=fold.train[outer], words=words)
+    return replace(fold, train=np.sort(np.concatenate([held[inner], kept])), val=held[outer], words=words)
+
+
+def _on_both_sides(strata: np.ndarray, whose: np.ndarray) -> np.ndarray:
+    """(n,) bool: rows that may validate. A stratum that one owner alone has is rather trained on, with all its owner's.
+
+    All of them where fewer than two strata would be left: then it is for `split` to say what is missing.
+    """
+    alone = [name for name in np.unique(strata) if len(np.unique(whose[strata == name])) < 2]
+    free = ~np.isin(whose, whose[np.isin(strata, alone)])
+    return free if len(np.unique(strata[free])) > 1 else np.ones(len(strata), bool)
 
 
 def _refuse_shared(given: np.ndarray, whose: np.ndarray, names: Sequence[str]) -> None:
@@ -134,15 +149,15 @@ def _refuse_shared(given: np.ndarray, whose: np.ndarray, names: Sequence[str]) -
 
 
 def read_folds(
-    place: str | Path, slides: Sequence[str], strata: np.ndarray, whose: np.ndarray, names: Sequence[str], seed: int
+    place: str | Path, index: dict[str, int], strata: np.ndarray, whose: np.ndarray, names: Sequence[str], seed: int
 ) -> tuple[list[Fold], list[str]]:
     """Fold files as CLAM and HIPT publish them, and the cells that name no slide of ours.
 
-    `place`: one file, or a folder of `splits_0.csv`, `splits_1.csv`, …: either the columns train, val and test list
-    slides, or (`_bool`) the first column names a slide and the others say True or False. Raises UsageError.
+    `index`: the row of each slide, or patient. `place`: one file, or a folder of `splits_0.csv`, `splits_1.csv`, …:
+    either the columns train, val and test list slides, or (`_bool`) the first column names a slide and the others say
+    True or False. Raises UsageError.
     """
-    known = SlideNames(slides)
-    index = {slide: row for row, slide in enumerate(slides)}
+    known = SlideNames(index)
     folds, unknown = [], set()
     for path in _fold_files(Path(place)):
         parts: dict[str, set[int]] = {part: set() for part in ("train", "val", "test")}
@@ -172,7 +187,7 @@ def _members(path: Path) -> list[tuple[str, str]]:
     table = read_table(path, ("train", "test"))
     parts = [part for part in ("train", "val", "test") if part in table[0]] if table else []
     cells = {row[part].lower() for row in table for part in parts}
-    if cells <= {"true", "false"}:
+    if cells and cells <= {"true", "false"}:
         first = next(iter(table[0]), "")
         return [(row[first], part) for row in table for part in parts if row[part].lower() == "true"]
     return [(row[part], part) for row in table for part in parts if row[part]]
@@ -185,12 +200,13 @@ def _checked(path: Path, parts: dict[str, set[int]], whose: np.ndarray, names: S
         if twice:
             raise UsageError(f"{path}: {names[twice[0]]} is in {given[twice[0]]} and in {part}")
         given[sorted(rows)] = part
-    if not parts["train"]:
-        raise UsageError(f"{path}: not one of its training slides is here")
+    for part, word in (("train", "training"), ("test", "test")):
+        if not parts[part]:
+            raise UsageError(f"{path}: not one of its {word} slides is here")
     used = given != ""
     try:
         _refuse_shared(given[used], whose[used], [name for name, there in zip(names, used, strict=True) if there])
     except UsageError as error:
-        raise UsageError(f"{path}: {error}") from error
+        raise UsageError(f"{path}: {error} (`--group slide` would take the file as it is)") from error
     train, val, test = (np.array(sorted(parts[part]), int) for part in ("train", "val", "test"))
     return Fold(path.stem.removesuffix("_bool"), train, val, test, f"by {path.name}")

@@ -62,9 +62,9 @@ def read_labels(
     rows, unknown = _match(path, read_table(path, ("slide", *columns)), names, () if may_be_empty else columns)
     usable = {slide: row for slide, row in rows.items() if features.has_features(slide)}
     warnings = [
-        _listed("rows name no slide of this store", unknown),
-        _listed("labelled slides have no features (empty or unfinished)", sorted(rows.keys() - usable.keys())),
-        _listed("slides of the store have no label", sorted(names.names - rows.keys())),
+        listed("rows name no slide of this store", unknown),
+        listed("labelled slides have no features (empty or unfinished)", sorted(rows.keys() - usable.keys())),
+        listed("slides of the store have no label", sorted(names.names - rows.keys())),
     ]
     if not usable:
         raise UsageError(
@@ -101,6 +101,6 @@ def _splits(path: Path, rows: dict[str, dict[str, str]], slides: list[str]) -> l
     return [SPLITS[rows[slide]["split"].lower()] for slide in slides]
 
 
-def _listed(what: str, names: Iterable[str]) -> str:
+def listed(what: str, names: Iterable[str]) -> str:
     names = list(names)
     return f"{len(names)} {what}: {', '.join(names[:10])}{', …' if len(names) > 10 else ''}." if names else ""

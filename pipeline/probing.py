@@ -74,10 +74,15 @@ def probe(
 def _embeddings(cohort: Cohort, pooling: str, model: str | None, level: float | None) -> np.ndarray:
     """(n, E)."""
     if model is not None:
+        if level is not None:
+            raise UsageError("--level: a model reads the level that it was trained on")
         trained = load_model(find_model(model, cohort.place))
-        with torch.no_grad():
-            bags = cohort.bags(trained.level)
-            return np.stack([trained.head(bags[i]).embedding.numpy() for i in range(len(cohort))])
+        bags = cohort.bags(trained.level)
+        try:
+            with torch.no_grad():
+                return np.stack([trained.head(bags[i]).embedding.numpy() for i in range(len(cohort))])
+        except ValueError as error:
+            raise UsageError(f"--model {model}: {error}") from error
     bags = cohort.bags(choose_level(cohort.features.levels, level))
     pooled = {"mean": lambda x: x.mean(0), "max": lambda x: x.amax(0)}[pooling]
     return np.stack([pooled(bags[i].valid_features).numpy() for i in range(len(cohort))])
@@ -85,6 +90,8 @@ def _embeddings(cohort: Cohort, pooling: str, model: str | None, level: float | 
 
 def _answers(classify: Any, vectors: np.ndarray, cohort: Cohort, fold: Fold, seed: int) -> Answers:
     truth, rows = cohort.targets.truth, np.concatenate([fold.train, fold.val])
+    if len(np.unique(truth[rows])) < 2:
+        raise UsageError(f"{fold.name}: all training slides have the same label; one class alone cannot be learned")
     machine = classify(len(rows)).fit(vectors[rows], truth[rows])
     found = np.full((len(fold.test), len(cohort.targets.names)), LEAST)  # a class nobody was trained on is not said
     found[:, machine.classes_] = machine.predict_proba(vectors[fold.test])

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from heads import BadBag, Head, UnknownName, UnknownOption, load_head
+from heads import Head, UnknownName, UnknownOption, load_head
 from heads.metrics import Metrics, measure
 from heads.recipe import Recipe
 from heads.tasks import Task, describe, task_of
@@ -20,10 +20,11 @@ from .bags import Chosen, choose_level
 from .cohort import Cohort, read_cohort
 from .config import digest
 from .curves import save_curves
-from .errors import BrokenBag, UsageError
+from .errors import UsageError
 from .evaluation import Answers, Pooled, chosen_on, outputs_of, summary, write_answers, write_json
 from .folds import Fold, all_for_training, by_tiles, cross_validation, from_table, read_folds
-from .prediction import load_model, save_model
+from .labels import listed
+from .prediction import Model, load_model, save_model
 
 OnEpoch = Callable[[int, float, float | None], None]
 
@@ -154,7 +155,7 @@ def train(
     recipe: "default" (heads.recipe.Recipe) or a name of the head's own ("paper"), of which `epochs`, `patience`, `lr`,
     `weight_decay` and `keep` replace single fields; `options` are the head's own. Raises UsageError.
     """
-    name = _checked_name(name or head.replace(":", "--"))
+    name = checked_name(name or head.replace(":", "--"))
     cohort = read_cohort(out, labels, task=task, target=target, group=group, site=site, unit=unit, encoder=encoder)
     if cohort.targets.kind == "classification":
         _require_classes(cohort, np.arange(len(cohort)), labels)
@@ -163,8 +164,7 @@ def train(
     plan = Plan(head, options, recipe, changes, level)
     how = Judged(cv, splits, split_by, seeds, seed)
     whole, folds, notes = how.parts(cohort)
-    trial = plan.new_head(cohort.features.dim, cohort.targets.task(whole.train), seed)  # what is wrong is said now
-    plan.recipe_of(trial), plan.level_of(trial, cohort)
+    _try(plan, cohort, whole, seed)
     folder = cohort.place / "models" / name
     judged = []
     for fold_seed, fold in folds:
@@ -172,6 +172,8 @@ def train(
     last = learn(cohort, plan, whole, seed, on_epoch)
     metrics = _save(folder, cohort, plan, last)
     results = pooled = None
+    for stale in ("results.json", "out_of_fold.csv"):  # of an earlier call, which trained another model
+        (folder / stale).unlink(missing_ok=True)
     if judged:
         settings = {"task": task, "target": target, "group": group, "site": site, "unit": unit, "level": last.level}
         pooled = Pooled(judged, cohort.targets.truth, cohort.groups)
@@ -230,9 +232,14 @@ class Judged:
         if self.splits is not None:
             if cohort.splits is not None:
                 raise UsageError("--splits: the label table has a column `split` of its own; leave one of them out")
-            folds, unknown = read_folds(self.splits, cohort.units, strata, whose, cohort.groups, seed)
-            words = f"{len(unknown)} cells of {self.splits} name no slide here, the first {unknown[:1]}"
-            return folds, [words] if unknown else []
+            folds, unknown = read_folds(self.splits, cohort.index(), strata, whose, cohort.groups, seed)
+            used = {row for fold in folds for part in fold.parts().values() for row in part.tolist()}
+            unused = [unit for row, unit in enumerate(cohort.units) if row not in used]
+            notes = [
+                listed(f"cells of {self.splits} name no slide here", unknown),
+                listed(f"labelled {cohort.unit}s are in no fold of {self.splits}", unused),
+            ]
+            return folds, [note for note in notes if note]
         if self.cv is not None:
             folds = cross_validation(strata, whose, self.cv, seed)
         elif self.split_by is not None:
@@ -245,15 +252,34 @@ class Judged:
         return [replace(fold, train=rows[fold.train], val=rows[fold.val], test=rows[fold.test]) for fold in folds], []
 
 
+def _try(plan: Plan, cohort: Cohort, fold: Fold, seed: int) -> None:
+    """What is wrong with what was asked is said now, not after hours."""
+    task = _task(cohort, fold)
+    model = plan.new_head(cohort.features.dim, task, seed)
+    plan.recipe_of(model)
+    row = int(fold.train[0])
+    bag = cohort.bags(plan.level_of(model, cohort))[row]
+    answer = cohort.targets.answers(task, np.array([row]))[0]
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            model.loss(model.train()(bag), answer, task)
+    except ValueError as error:
+        raise UsageError(f"{plan.head}: {error}") from error
+
+
+def _task(cohort: Cohort, fold: Fold) -> Task:
+    try:
+        return cohort.targets.task(fold.train)
+    except ValueError as error:
+        raise UsageError(f"{fold.name or 'training'}: {error}") from error
+
+
 def learn(cohort: Cohort, plan: Plan, fold: Fold, seed: int, on_epoch: OnEpoch | None = None) -> Learned:
     """One head on one fold. Raises UsageError for a damaged slide, or a loss that left the numbers."""
     targets = cohort.targets
     if targets.kind == "classification":
         _require_classes(cohort, fold.train, fold.name or "training")
-    try:
-        task = targets.task(fold.train)
-    except ValueError as error:
-        raise UsageError(f"{fold.name or 'training'}: {error}") from error
+    task = _task(cohort, fold)
     model = plan.new_head(cohort.features.dim, task, seed)
     recipe, level = plan.recipe_of(model), plan.level_of(model, cohort)
     bags = {part: Chosen(cohort.bags(level), rows.tolist()) for part, rows in fold.parts().items()}
@@ -270,7 +296,7 @@ def learn(cohort: Cohort, plan: Plan, fold: Fold, seed: int, on_epoch: OnEpoch |
             on_epoch=on_epoch,
         )
         logits = {part: logits_of(model, chosen) for part, chosen in bags.items()}
-    except (BrokenBag, BadBag, FloatingPointError) as error:
+    except (ValueError, FloatingPointError) as error:  # ValueError: a bag that the head was not made for
         raise UsageError(str(error)) from error
     threshold, temperature = chosen_on(task, logits["val"], targets.truth[fold.val])
     return Learned(fold, seed, model, level, task, recipe, history, logits, threshold, temperature)
@@ -278,18 +304,23 @@ def learn(cohort: Cohort, plan: Plan, fold: Fold, seed: int, on_epoch: OnEpoch |
 
 def _judged(folder: Path, cohort: Cohort, plan: Plan, fold: Fold, seed: int, on_epoch: OnEpoch | None) -> Answers:
     """What the model of a fold says of its test slides; one that an earlier call trained just so is taken as it is."""
-    identity = _identity(cohort, plan, fold, seed)
-    if (folder / "model.json").is_file():
+    there = _finished(folder, _identity(cohort, plan, fold, seed))
+    if there is None:
+        learned = learn(cohort, plan, fold, seed, on_epoch)
+        _save(folder, cohort, plan, learned)
+        return learned.answers()
+    logits = logits_of(there.head, Chosen(cohort.bags(there.level), fold.test.tolist()))
+    task, threshold, temperature = (there.about[name] for name in ("task", "threshold", "temperature"))
+    return Answers(fold.name, seed, task_of(task), fold.test, logits, threshold, temperature)
+
+
+def _finished(folder: Path, identity: str) -> Model | None:
+    """The model in a folder, if it is whole and was trained just so."""
+    try:
         there = load_model(folder)
-        if there.about.get("identity") == identity:
-            bags = Chosen(cohort.bags(there.level), fold.test.tolist())
-            chosen = there.about["threshold"], there.about["temperature"]
-            return Answers(
-                fold.name, seed, task_of(there.about["task"]), fold.test, logits_of(there.head, bags), *chosen
-            )
-    learned = learn(cohort, plan, fold, seed, on_epoch)
-    _save(folder, cohort, plan, learned)
-    return learned.answers()
+    except UsageError:
+        return None
+    return there if there.about.get("identity") == identity else None
 
 
 def _identity(cohort: Cohort, plan: Plan, fold: Fold, seed: int) -> str:
@@ -298,7 +329,7 @@ def _identity(cohort: Cohort, plan: Plan, fold: Fold, seed: int) -> str:
     asked = [targets.kind, targets.names, targets.truth.tolist(), cohort.units, cohort.slides]
     parts = {part: rows.tolist() for part, rows in fold.parts().items()}
     versions = {name: version(name) for name in ("slidestream", "torch")}
-    return digest([asdict(plan), asked, parts, seed, cohort.features.about(), versions])
+    return digest([asdict(plan), asked, parts, seed, cohort.features.about(), cohort.state, versions])
 
 
 def _save(folder: Path, cohort: Cohort, plan: Plan, learned: Learned) -> dict[str, Metrics]:
@@ -349,7 +380,8 @@ def _fold_folder(fold: Fold, seed: int, seeds: int) -> str:
     return name if seeds == 1 else f"{name}-seed{seed}"
 
 
-def _checked_name(name: str) -> str:
+def checked_name(name: str) -> str:
+    """Raises UsageError for what would be no folder, or one elsewhere."""
     if not re.fullmatch(r"[\w@+-][\w.@+-]*", name):
         raise UsageError(f"a model's name becomes a folder: letters, digits and . _ - only, not first a dot: {name!r}")
     return name

@@ -1,9 +1,15 @@
-"""What several of these tests need: pixels that are their own address, and a naive area mean to judge by."""
+"""What several of these tests need: pixels that are their own address, a naive area mean to judge by, labelled bags."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
+
+from heads.metrics import bootstrap
+from pipeline import evaluation
 
 
 def _address(width: int, height: int) -> np.ndarray:
@@ -39,3 +45,45 @@ def address() -> Callable[[int, int], np.ndarray]:
 @pytest.fixture(scope="session")
 def area_mean() -> Callable[..., np.ndarray]:
     return _area_mean
+
+
+# --- labelled features -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """A folder of feature files, s00.npy and on, and its label table."""
+
+    root: Path
+
+    @property
+    def labels(self) -> Path:
+        return self.root / "labels.csv"
+
+    def write(self, slide: int, shift: float, seed: int | None = None) -> None:
+        """6 to 9 tiles of 4 numbers, all of them moved by `shift`."""
+        random = np.random.default_rng(slide if seed is None else seed)
+        np.save(self.root / f"s{slide:02}.npy", random.normal(size=(6 + slide % 4, 4)).astype(np.float32) + shift)
+
+    def table(self, rows: Sequence[str], header: str = "slide,label") -> Path:
+        """`rows`: what follows the name of each slide."""
+        lines = [header, *(f"s{i:02},{row}" for i, row in enumerate(rows))]
+        self.labels.write_text("\n".join(lines) + "\n")
+        return self.labels
+
+
+@pytest.fixture
+def labelled(tmp_path: Path) -> Labelled:
+    """24 slides, every other one `pos` and moved by 2."""
+    made = Labelled(tmp_path / "features")
+    made.root.mkdir()
+    for i in range(24):
+        made.write(i, 2.0 * (i % 2))
+    made.table(["neg" if i % 2 == 0 else "pos" for i in range(24)])
+    return made
+
+
+@pytest.fixture
+def _few_draws(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Intervals of 25 draws: their width is another test's."""
+    monkeypatch.setattr(evaluation, "bootstrap", partial(bootstrap, draws=25))
