@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
+from heads import UnknownName, load_head
 from heads.metrics import holm, main_metric
 
 from .errors import UsageError
@@ -72,14 +74,10 @@ def compare(
         raise UsageError(f"--heads {','.join(heads)}: two different heads at least")
     if cv is None and splits is None and split_by is None:
         cv = 5
+    wishes = {wish: _parsed(wish) for wish in heads}  # all of them, before the first is trained
     trained: dict[str, Trained] = {}
-    for wish in heads:
-        head, _, level = wish.partition("@")
-        at = {"level": _number(wish, level)} if level else {}
-        model = wish.replace(":", "--")
-        trained[wish] = train(
-            out, labels, head=head, name=model, cv=cv, splits=splits, split_by=split_by, **settings | at
-        )
+    for wish, asked in wishes.items():
+        trained[wish] = train(out, labels, cv=cv, splits=splits, split_by=split_by, **settings | asked)
         if on_head is not None:
             on_head(wish, trained[wish])
     first = next(iter(trained.values()))
@@ -93,9 +91,17 @@ def compare(
     return Comparison(file, metric, rows, pairs, first.warnings)
 
 
-def _number(wish: str, level: str) -> float:
+def _parsed(wish: str) -> dict[str, Any]:
+    """head[@level] → what `train` takes."""
+    head, _, level = wish.partition("@")
     try:
-        return float(level)
+        with torch.random.fork_rng(devices=[]):
+            load_head(head, 64, 2)
+    except UnknownName as error:
+        raise UsageError(f"--heads {wish}: {error}") from error
+    asked = {"head": head, "name": wish.replace(":", "--")}
+    try:
+        return asked | ({"level": float(level)} if level else {})
     except ValueError as error:
         raise UsageError(f"--heads {wish}: {level!r} is no number of µm/px") from error
 

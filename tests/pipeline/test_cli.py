@@ -1,5 +1,6 @@
 """The command line: real flags, real help, and one exit code for each kind of ending."""
 
+import inspect
 import re
 import sys
 from pathlib import Path
@@ -8,6 +9,9 @@ import pytest
 from typer.testing import CliRunner
 
 from pipeline import batch, cli, doctor, output, training
+from pipeline import compare as comparing
+from pipeline import probe as probing
+from pipeline.compare import Comparison
 from pipeline.config import Config
 from pipeline.errors import BrokenBag, RunStopped, UsageError
 from pipeline.meter import Meter
@@ -15,12 +19,29 @@ from pipeline.outcome import Outcome, Report
 from pipeline.saving import Saving
 from pipeline.training import Trained
 
-COMMANDS = ("run", "train", "predict", "status", "doctor", "demo")
+COMMANDS = ("run", "train", "compare", "probe", "predict", "status", "doctor", "demo")
+JUDGED = {
+    "--labels",
+    "--encoder",
+    "-e",
+    "--target",
+    "--group",
+    "--site",
+    "--unit",
+    "--cv",
+    "--splits",
+    "--split-by",
+    "--seeds",
+    "--seed",
+}
+TRAINED = {"--task", "--recipe", "--epochs", "--patience", "--lr", "--weight-decay", "--keep"}
 OWN_FLAGS = {
     "run": {"--out", "-o", "--mpp-csv", "--workers", "--scheduler", "--redo", "--config", "--preset", "-e"},
-    "train": {"--labels", "--head", "--name", "--level", "--encoder", "-e", "--recipe", "--epochs", "--patience",
-              "--lr", "--weight-decay", "--seed", "--option"},
-    "predict": {"--model", "-m", "--out", "-o", "--zoom", "--weights", "--mpp-csv", "--workers", "--scheduler"},
+    "train": {"--head", "--name", "--level", "--option", *JUDGED, *TRAINED},
+    "compare": {"--heads", "--name", *JUDGED, *TRAINED},
+    "probe": {"--knn", "--linear", "--pooling", "--model", "-m", "--level", *JUDGED},
+    "predict": {"--model", "-m", "--out", "-o", "--folds", "--zoom", "--labels", "--target", "--group", "--weights",
+                "--mpp-csv", "--workers", "--scheduler"},
     "status": set(),
     "doctor": {"--encoder", "-e", "--weights"},
     "demo": {"--slides", "--seed"},
@@ -117,17 +138,19 @@ def test_train_hands_everything_on(monkeypatch, capsys):
 
     def train(out, labels, **options):
         seen.update(options, out=out, labels=labels)
-        return Trained(Path("out/models/m"), {"val": {"auc": 0.87654}}, 4, ("1 rows name no slide",))
+        return Trained(Path("out/models/m"), {"val": {"auc": 0.87654}}, 4, 7, ("1 rows name no slide",))
 
     monkeypatch.setattr(training, "train", train)
     flags = "--labels l.csv --head mean --name m --level 1 -e uni --epochs 3 --patience 2 --lr 0.01 --weight-decay 0"
     options = "--recipe paper --option gated=false --option hidden-size=12 --option way=long --option x='7'"
-    code = main(monkeypatch, "train", "out", *flags.split(), "--seed", "9", *options.split())
+    judged = "--task ordinal --target t --group g --site s --unit patient --cv 3 --splits f --split-by tiles --seeds 2"
+    code = main(monkeypatch, "train", "out", *flags.split(), "--seed", "9", *options.split(), *judged.split())
     assert code == 0
     assert seen == {
         "out": Path("out"), "labels": Path("l.csv"), "head": "mean", "name": "m", "level": 1.0, "encoder": "uni",
         "recipe": "paper", "epochs": 3, "patience": 2, "lr": 0.01, "weight_decay": 0.0, "seed": 9,
-        "gated": False, "hidden_size": 12, "way": "long", "x": "7",
+        "gated": False, "hidden_size": 12, "way": "long", "x": "7", "task": "ordinal", "target": "t", "group": "g",
+        "site": "s", "unit": "patient", "cv": 3, "splits": Path("f"), "split_by": "tiles", "seeds": 2, "keep": None,
     }  # fmt: skip
     text = capsys.readouterr().out
     assert "note: 1 rows name no slide" in text
@@ -135,14 +158,116 @@ def test_train_hands_everything_on(monkeypatch, capsys):
     assert "best epoch 5" in text
 
 
-def test_flags_of_train_have_the_defaults_of_the_function(monkeypatch):
-    import inspect
+ROW = {"head": "a", "pooled": {}, "parameters": 1}
 
-    real = {name: p.default for name, p in inspect.signature(training.train).parameters.items()}
+
+@pytest.mark.parametrize(
+    ("module", "name", "answer", "flags"),
+    [
+        (training, "train", Trained(Path("m"), {}, 0, 0, ()), ""),
+        (comparing, "compare", Comparison(Path("c"), "auc", [ROW], [], ()), ""),
+        (probing, "probe", {"warnings": []}, "--knn --linear"),
+    ],
+)
+def test_flags_have_the_defaults_of_the_function(monkeypatch, module, name, answer, flags):
+    real = {key: p.default for key, p in inspect.signature(getattr(module, name)).parameters.items()}
+    shared = {key: p.default for key, p in inspect.signature(training.train).parameters.items()}
     seen = {}
-    monkeypatch.setattr(training, "train", lambda *_, **given: seen.update(given) or Trained(Path("m"), {}, 0, ()))
-    main(monkeypatch, "train", "out", "--labels", "l.csv")
-    assert seen == {name: real[name] for name in seen}
+    monkeypatch.setattr(module, name, lambda *_, **given: seen.update(given) or answer)
+    heads = ["--heads", "a,b"] if name == "compare" else []
+    assert main(monkeypatch, name, "out", "--labels", "l.csv", *flags.split(), *heads) == 0
+    seen = {key: value for key, value in seen.items() if key not in ("heads", "on_head")}
+    assert seen == {key: real.get(key, shared.get(key)) for key in seen}
+
+
+# --- heads and features, for real ------------------------------------------------------------------------------------
+
+
+def call(monkeypatch, capsys, *arguments) -> tuple[int, list[str], list[str]]:
+    """(code, lines on the terminal, lines of errors)."""
+    capsys.readouterr()
+    code = main(monkeypatch, *map(str, arguments))
+    out, err = capsys.readouterr()
+    return code, out.splitlines(), err.splitlines()
+
+
+@pytest.mark.usefixtures("_few_draws")
+def test_train_on_a_folder_of_features(labelled, monkeypatch, capsys):
+    flags = ["--head", "mean", "--cv", "2", "--epochs", "1"]
+    code, lines, err = call(monkeypatch, capsys, "train", labelled.root, "--labels", labelled.labels, *flags)
+    assert (code, err) == (0, [])
+    assert re.fullmatch(r"out of fold +pooled +95 % interval +mean of folds ± sd", lines[0])
+    auc = next(line for line in lines if line.startswith("auc "))
+    assert re.fullmatch(r"auc +\d\.\d{3}  \d\.\d{3} to \d\.\d{3} +\d\.\d{3} ± \d\.\d{3}", auc)
+    assert any(re.match(r"val +slides 4 ", line) or re.match(r"val +slides 5 ", line) for line in lines)
+    assert lines[-1] == f"best epoch 1; the model is in {labelled.root / 'models/mean'}"
+    assert max(map(len, lines[:-1])) < 130
+    assert "nan" not in "".join(lines[:-1])
+
+
+@pytest.mark.usefixtures("_few_draws")
+def test_compare_heads(labelled, monkeypatch, capsys):
+    labelled.table([*[("neg", "pos")[i % 2] for i in range(24)], "neg"])
+    flags = ["--heads", "mean, max,", "--cv", "2", "--epochs", "1"]
+    code, lines, err = call(monkeypatch, capsys, "compare", labelled.root, "--labels", labelled.labels, *flags)
+    assert (code, err) == (0, [])
+    assert lines[0] == f"mean: {labelled.root / 'models/mean'}"
+    assert lines[2] == "note: 1 rows name no slide of this store: s24."
+    assert lines[3].split()[:2] == ["head", "parameters"]
+    assert lines[-1] == str(labelled.root / "models/compare.json")
+    assert any(re.match(r"mean - max +[+-]\d\.\d{3} \([+-]\d\.\d{3} to [+-]\d\.\d{3}\)  p ", line) for line in lines)
+
+
+@pytest.mark.usefixtures("_few_draws")
+@pytest.mark.parametrize(
+    ("flags", "kinds"), [([], ["knn", "linear"]), (["--knn"], ["knn"]), (["--linear", "--pooling", "max"], ["linear"])]
+)
+def test_probe_features(labelled, monkeypatch, capsys, flags, kinds):
+    code, lines, err = call(
+        monkeypatch, capsys, "probe", labelled.root, "--labels", labelled.labels, "--cv", "2", *flags
+    )
+    assert (code, err) == (0, [])
+    assert [line for line in lines if line in ("knn", "linear")] == kinds
+    assert sum(line.startswith("auc ") for line in lines) == len(kinds)
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        ("train {root} --labels nowhere.csv", "nowhere.csv: No such file"),
+        ("train {root} --labels {labels} --head abmill", "did you mean 'abmil'"),
+        ("train {root} --labels {labels} --task regresion", "Did you mean 'regression'"),
+        ("train {root} --labels {labels} --task regression", "label of 's00' is 'neg', which is not a number"),
+        ("train {root} --labels {labels} --unit case", "--unit must be one of slide, patient, not 'case'"),
+        ("train {root} --labels {labels} --cv 2 --split-by tiles", "--cv and --split-by: only one of them"),
+        ("train {root} --labels {labels} --keep first", "keep must be one of best, last, average5"),
+        ("train {root} --labels {labels} --head longmil", "has no grid"),
+        ("train {root} --labels {labels} --seeds 3", "--seeds: say with --cv"),
+        ("train {root}/s00.npy --labels {labels}", "no output folder"),
+        ("compare {root} --labels {labels} --heads mean", "two different heads at least"),
+        ("compare {root} --labels {labels} --heads mean,maxx --epochs 1", "did you mean 'max'"),
+        ("compare {root} --labels {labels} --heads mean,max@x --epochs 1", "is no number of µm/px"),
+        ("probe {root} --labels {labels} --pooling median", "--pooling must be one of mean, max"),
+        ("probe {root} --labels {labels} --model abmil", "no model at"),
+        ("probe {root} --labels {labels} --cv 25", "only 24 patients"),
+    ],
+)
+@pytest.mark.usefixtures("_few_draws")
+def test_what_is_wrong_is_one_line(labelled, monkeypatch, capsys, command, words):
+    filled = command.format(root=labelled.root, labels=labelled.labels).split()
+    code, _, err = call(monkeypatch, capsys, *filled)
+    assert code == 1
+    assert len(err) == 1
+    assert words in err[0]
+
+
+@pytest.mark.parametrize(
+    "command", ["train x --labels l.csv --cv 1", "compare x --labels l.csv", "probe x", "train x --labels l.csv --x 1"]
+)
+def test_flags_that_are_missing_or_out_of_range(monkeypatch, capsys, command):
+    code, _, err = call(monkeypatch, capsys, *command.split())
+    assert code == 1
+    assert err
 
 
 def test_predict_hands_on_only_what_was_given(monkeypatch):

@@ -1,6 +1,8 @@
 """Labels × stored bags → a model folder: who is trained on, what is refused, and that a seed decides the bytes."""
 
+import csv
 import json
+import re
 import shutil
 import sys
 import types
@@ -10,10 +12,14 @@ import pytest
 import torch
 
 from heads import load_head
-from heads.train import inverse_frequency
+from heads.metrics import main_metric
+from heads.tasks import describe, task_of
+from heads.train import inverse_frequency, logits_of
 from pipeline import bags as module
 from pipeline.bags import Bags, Store
+from pipeline.cohort import read_cohort
 from pipeline.errors import UsageError
+from pipeline.evaluation import outputs_of
 from pipeline.labels import read_labels
 from pipeline.prediction import load_model, predict_slide
 from pipeline.quadtree import QuadTree, build_quadtree
@@ -440,3 +446,291 @@ def test_bags_are_kept_only_while_they_fit(out, monkeypatch):
     assert 2 <= len(kept) <= 4
     assert all(reads.count(name) == 3 for name in names if name not in kept)
     assert len(bags) == 6
+
+
+# --- other tasks than classes ----------------------------------------------------------------------------------------
+
+HEAD = {"head": "abmil", "lr": 1e-2, "hidden": 6, "attention": 3}
+KINDS = {
+    "classification": ("slide,label", lambda i: ("neg", "pos")[i % 2]),
+    "multilabel": ("slide,label", lambda i: ("a", "a;b", "", "b")[i % 4]),
+    "ordinal": ("slide,label", lambda i: str(i % 3)),
+    "regression": ("slide,label", lambda i: str(100 + i)),
+    "survival": ("slide,time,event", lambda i: f"{10 + i % 7 * 3.5},{int(i % 3 > 0)}"),
+}
+OUTPUTS = {"classification": 2, "multilabel": 2, "ordinal": 1, "regression": 1, "survival": 4}
+UNLOADABLE = pytest.mark.xfail(
+    strict=True, reason="load_model of pipeline/prediction.py makes a head of len(classes) outputs, not of `outputs`"
+)
+
+
+def strictly(path):
+    """JSON without NaN, which is none."""
+    return json.loads(path.read_text(), parse_constant=lambda word: pytest.fail(f"{word} in {path}"))
+
+
+def fold_about(folder) -> dict:
+    return json.loads((folder / "model.json").read_text())
+
+
+@pytest.mark.usefixtures("_few_draws")
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_task_from_the_table_to_the_results(kind, labelled):
+    header, cell = KINDS[kind]
+    table = labelled.table([cell(i) for i in range(24)], header)
+    trained = train(labelled.root, table, task=kind, cv=2, epochs=1, **HEAD)
+    results = strictly(trained.folder / "results.json")
+    metric = main_metric(trained.pooled.task)
+    assert results["settings"]["task"] == kind
+    assert metric in results["pooled"]
+    assert results["pooled"][metric]["low"] <= results["pooled"][metric]["high"]
+    assert [fold["tested"] for fold in results["folds"]] == [12, 12]
+    assert metric in trained.metrics["train"]
+    about = strictly(trained.folder / "model.json")
+    assert (about["task"]["kind"], about["outputs"]) == (kind, OUTPUTS[kind])
+    assert describe(task_of(about["task"])) == json.loads(json.dumps(about["task"]), object_hook=as_tuples)
+    assert (about["temperature"] is None) == (about["threshold"] is None) == (kind != "classification")
+    with open(trained.folder / "out_of_fold.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert sorted(row["slide"] for row in rows) == [f"s{i:02}" for i in range(24)]
+
+
+def as_tuples(found: dict) -> dict:
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in found.items()}
+
+
+@pytest.mark.usefixtures("_few_draws")
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=UNLOADABLE if kind in ("ordinal", "survival") else ()) for kind in KINDS]
+)
+def test_a_model_of_every_kind_says_the_same_when_it_is_loaded(kind, labelled):
+    header, cell = KINDS[kind]
+    table = labelled.table([cell(i) for i in range(24)], header)
+    folder = train(labelled.root, table, task=kind, cv=2, epochs=1, **HEAD).folder
+    bags = read_cohort(labelled.root, table, task=kind).bags(None)
+    with open(folder / "out_of_fold.csv", newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["fold"] == "fold1"]
+    model = load_model(folder / "fold1")
+    outputs = outputs_of(task_of(model.about["task"]), logits_of(model.head, [bags[int(r["slide"][1:])] for r in rows]))
+    said = [[float(v) for name, v in row.items() if name.startswith("p_") or name == "prediction"] for row in rows]
+    np.testing.assert_allclose(outputs.reshape(len(rows), -1), said, atol=1e-6)
+
+
+def test_without_events_in_training_survival_is_refused(labelled):
+    rows = [f"{i + 1},{int(i > 15)},{'test' if i > 15 else 'train'}" for i in range(24)]
+    table = labelled.table(rows, "slide,time,event,split")
+    with pytest.raises(UsageError, match="training: no event was seen"):
+        train(labelled.root, table, task="survival", epochs=1, **HEAD)
+
+
+def test_a_head_that_needs_classes_says_so(labelled):
+    table = labelled.table([str(i) for i in range(24)])
+    with pytest.raises(UsageError, match=r"clam_sb: the loss on tiles needs one class a slide; .* instance_weight=0"):
+        train(labelled.root, table, head="clam_sb", task="regression", epochs=1)
+    trained = train(labelled.root, table, head="clam_sb", task="regression", epochs=1, instance_weight=0)
+    assert "r2" in trained.metrics["val"]
+
+
+# --- folds -----------------------------------------------------------------------------------------------------------
+
+
+def fold_file(place, train, val, test):
+    """CLAM's layout; rows of numbers of slides."""
+    lines = [",train,val,test"] + [f"s{i:02},{i in train},{i in val},{i in test}" for i in range(24)]
+    place.write_text("\n".join(lines) + "\n")
+    return place
+
+
+@pytest.mark.usefixtures("_few_draws")
+def test_test_slides_decide_nothing(labelled):
+    """Their labels and features altered: the fold's bytes, epoch, threshold and temperature stay."""
+    splits = fold_file(labelled.root / "splits_0.csv", range(14), range(14, 18), range(18, 24))
+    found = []
+    for altered in (False, True):
+        if altered:
+            labelled.table([("neg", "pos")[(i + (i > 17)) % 2] for i in range(24)])
+            for i in range(18, 24):
+                labelled.write(i, -5.0, seed=99 - i)
+        trained = train(labelled.root, labelled.labels, splits=splits, epochs=3, **HEAD)
+        about = fold_about(trained.folder / "splits_0")
+        chosen = [about[name] for name in ("threshold", "temperature")] + [about["training"]["best_epoch"]]
+        found.append((model_bytes_of(trained.folder / "splits_0"), *chosen))
+        auc = trained.results["pooled"]["auc"]["value"]
+        assert (auc == 1) != altered
+    assert found[0] == found[1]
+
+
+def model_bytes_of(folder) -> bytes:
+    return (folder / "model.safetensors").read_bytes()
+
+
+@pytest.mark.usefixtures("_few_draws")
+def test_validation_slides_do_decide(labelled):
+    splits = fold_file(labelled.root / "splits_0.csv", range(14), range(14, 18), range(18, 24))
+    before = fold_about(train(labelled.root, labelled.labels, splits=splits, epochs=2, **HEAD).folder / "splits_0")
+    for i in range(14, 18):
+        labelled.write(i, 2.0 * (i % 2 == 0))
+    after = fold_about(train(labelled.root, labelled.labels, splits=splits, epochs=2, **HEAD).folder / "splits_0")
+    assert before["temperature"] != after["temperature"]
+
+
+@pytest.mark.usefixtures("_few_draws")
+def test_the_tables_test_slides_are_never_trained_on(labelled):
+    rows = [f"{('neg', 'pos')[i % 2]},{'test' if i > 17 else 'train'}" for i in range(24)]
+    trained = train(labelled.root, labelled.table(rows, "slide,label,split"), cv=2, epochs=1, **HEAD)
+    held = {f"s{i:02}" for i in range(18, 24)}
+    for folder in (trained.folder / "fold0", trained.folder / "fold1"):
+        slides = fold_about(folder)["training"]["slides"]
+        assert not held & {slide for part in slides.values() for slide in part}
+    whole = fold_about(trained.folder)["training"]["slides"]
+    assert set(whole["test"]) == held
+    assert sum(fold["tested"] for fold in trained.results["folds"]) == 18
+
+
+CHANGES = {
+    "nothing": lambda labelled: {},
+    "a label": lambda labelled: {"labels": labelled.table(["pos"] * 2 + [("neg", "pos")[i % 2] for i in range(2, 24)])},
+    "an option of the head": lambda labelled: {"hidden": 5},
+    "the recipe": lambda labelled: {"lr": 3e-3},
+    "the seed": lambda labelled: {"seed": 1},
+    "a feature": lambda labelled: labelled.write(7, 2.5) or {},
+}
+
+
+@pytest.mark.usefixtures("_few_draws")
+@pytest.mark.parametrize("change", CHANGES)
+def test_folds_are_trained_again_when_something_has_changed(change, labelled):
+    def go(**settings):
+        settings = {"labels": labelled.labels, "cv": 2, "epochs": 1} | HEAD | settings
+        trained = train(labelled.root, settings.pop("labels"), **settings)
+        times = [(trained.folder / f"fold{i}/model.json").stat().st_mtime_ns for i in range(2)]
+        return times, trained.results["pooled"]
+
+    before, results = go()
+    after, again = go(**CHANGES[change](labelled))
+    assert [a == b for a, b in zip(before, after, strict=True)] == [change == "nothing"] * 2
+    assert (results == again) == (change == "nothing")
+
+
+@pytest.mark.usefixtures("_few_draws")
+def test_stored_features_that_changed_train_folds_again(out):
+    labels, settings = table(out, all_rows()), {"cv": 2, "epochs": 1} | OPTIONS
+    times = []
+    for change in (False, False, True):
+        if change:
+            BagStore(out).group("s03.svs").drop("features")
+            add(BagStore(out), "s03.svs", 3, shift=9.0)
+        folder = train(out, labels, **settings).folder
+        times.append([(folder / f"fold{i}/model.json").stat().st_mtime_ns for i in range(2)])
+    assert times[0] == times[1]
+    assert not set(times[1]) & set(times[2])
+
+
+@pytest.mark.usefixtures("_few_draws")
+def test_a_damaged_fold_is_trained_again(labelled):
+    folder = train(labelled.root, labelled.labels, cv=2, epochs=1, **HEAD).folder / "fold1"
+    whole = model_bytes_of(folder)
+    (folder / "model.safetensors").write_bytes(whole[:100])
+    train(labelled.root, labelled.labels, cv=2, epochs=1, **HEAD)
+    assert model_bytes_of(folder) == whole
+
+
+@pytest.mark.usefixtures("_few_draws")
+def test_every_seed_draws_and_trains_anew(labelled):
+    trained = train(labelled.root, labelled.labels, cv=2, seeds=2, epochs=1, **HEAD)
+    folds = trained.results["folds"]
+    assert [(fold["fold"], fold["seed"]) for fold in folds] == [("fold0", 0), ("fold1", 0), ("fold0", 1), ("fold1", 1)]
+    tests = [fold_about(trained.folder / f"fold0-seed{seed}")["training"]["slides"]["test"] for seed in range(2)]
+    assert tests[0] != tests[1]
+    alone = train(labelled.root, labelled.labels, cv=2, seed=1, epochs=1, name="alone", **HEAD)
+    assert model_bytes_of(alone.folder / "fold1") == model_bytes_of(trained.folder / "fold1-seed1")
+
+
+@pytest.mark.usefixtures("_few_draws")
+def test_results_of_an_earlier_call_do_not_stay(labelled):
+    folder = train(labelled.root, labelled.labels, cv=2, epochs=1, **HEAD).folder
+    assert {"results.json", "out_of_fold.csv", "curves.png"} <= {path.name for path in folder.iterdir()}
+    trained = train(labelled.root, labelled.labels, epochs=1, **HEAD)
+    assert trained.results is trained.pooled is None
+    assert not {"results.json", "out_of_fold.csv"} & {path.name for path in folder.iterdir()}
+
+
+@pytest.mark.usefixtures("_few_draws")
+def test_patients_are_trained_on_as_one_bag(labelled):
+    rows = [f"{('neg', 'pos')[i // 2 % 2]},p{i // 2:02}" for i in range(24)]
+    trained = train(labelled.root, labelled.table(rows, "slide,label,patient"), unit="patient", cv=2, epochs=1, **HEAD)
+    assert [fold["tested"] for fold in trained.results["folds"]] == [6, 6]
+    assert trained.metrics["train"]["patients"] + trained.metrics["val"]["patients"] == 12
+    about = fold_about(trained.folder)
+    assert about["unit"] == "patient"
+    assert sum(len(part) for part in about["training"]["slides"].values()) == 24
+    # fold files may name their slides
+    splits = fold_file(labelled.root / "splits_0.csv", range(12), range(12, 16), range(16, 24))
+    trained = train(labelled.root, labelled.labels, unit="patient", splits=splits, epochs=1, **HEAD)
+    assert [fold["tested"] for fold in trained.results["folds"]] == [4]
+
+
+@pytest.mark.usefixtures("_few_draws")
+def test_what_fold_files_leave_out_is_said(labelled):
+    splits = fold_file(labelled.root / "splits_0.csv", range(12), range(12, 16), range(16, 22))
+    splits.write_text(splits.read_text() + "gone,True,False,False\n")
+    unknown, unused = train(labelled.root, labelled.labels, splits=splits, epochs=1, **HEAD).warnings
+    assert unknown == f"1 cells of {splits} name no slide here: gone."
+    assert unused == f"2 labelled slides are in no fold of {splits}: s22, s23."
+
+
+@pytest.mark.usefixtures("_few_draws")
+def test_trained_on_small_slides_and_tested_on_large_ones(labelled):
+    trained = train(labelled.root, labelled.labels, split_by="tiles", epochs=1, **HEAD)
+    about = fold_about(trained.folder / "fold")["training"]
+    assert re.search(r"trained on slides of 6-\d tiles, tested on \d-9", about["split"])
+    sizes = {part: [6 + int(s[1:]) % 4 for s in slides] for part, slides in about["slides"].items()}
+    assert max(sizes["train"] + sizes["val"]) <= min(sizes["test"])
+
+
+@pytest.mark.usefixtures("_few_draws")
+def test_sites_are_kept_whole(labelled):
+    rows = [f"{('neg', 'pos')[i % 2]},{'abcdef'[i // 4]}" for i in range(24)]
+    trained = train(
+        labelled.root, labelled.table(rows, "slide,label,Hospital"), site="Hospital", cv=3, epochs=1, **HEAD
+    )
+    for i in range(3):
+        slides = fold_about(trained.folder / f"fold{i}")["training"]["slides"]
+        sides = [{int(slide[1:]) // 4 for slide in part} for part in slides.values()]
+        assert sum(map(len, sides)) == len(set().union(*sides)) == 6
+
+
+@pytest.mark.parametrize("keep", ["best", "last", "average5"])
+def test_the_weights_that_are_kept(keep, labelled):
+    settings = {"epochs": 7, "patience": 7} | HEAD
+    trained = train(labelled.root, labelled.labels, keep=keep, **settings)
+    about = fold_about(trained.folder)["training"]
+    assert about["keep"] == keep
+    losses = about["validation_loss"]
+    assert trained.best_epoch == (6 if keep == "last" else int(np.argmin(losses)))
+    other = train(labelled.root, labelled.labels, keep="best", name="other", **settings)
+    same = model_bytes_of(trained.folder) == model_bytes_of(other.folder)
+    assert same == (keep == "best" or (keep == "last" and np.argmin(losses) == 6))
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"cv": 3, "splits": "x"}, "--cv and --splits: only one of them"),
+        ({"cv": 3, "split_by": "tiles"}, "--cv and --split-by: only one of them"),
+        ({"split_by": "size"}, "--split-by must be tiles, not 'size'"),
+        ({"cv": 1}, "two folds at least"),
+        ({"cv": 20, "site": "h"}, "only 3 patients .or sites."),
+        ({"seeds": 2}, "--seeds: say with --cv, --splits or --split-by"),
+        ({"seeds": 0, "cv": 2}, "--seeds must be at least 1"),
+        ({"splits": "nowhere"}, "nowhere: no splits_0.csv"),
+        ({"keep": "first"}, "keep must be one of best, last, average5"),
+        ({"recipe": "mine"}, "abmil has no recipe 'mine'"),
+        ({"task": "survival"}, "no column 'time'"),
+    ],
+)
+def test_trainings_that_cannot_be(labelled, options, words):
+    table = labelled.table([f"{('neg', 'pos')[i % 2]},{i % 3}" for i in range(24)], "slide,label,h")
+    with pytest.raises(UsageError, match=words):
+        train(labelled.root, table, epochs=1, **HEAD | options)
+    assert not (labelled.root / "models").exists()
