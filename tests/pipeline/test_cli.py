@@ -8,10 +8,9 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from pipeline import batch, cli, doctor, output, training
-from pipeline import compare as comparing
-from pipeline import probe as probing
-from pipeline.compare import Comparison
+from pipeline import batch, cli, doctor, output, probing, training
+from pipeline import comparison as comparing
+from pipeline.comparison import Comparison
 from pipeline.config import Config
 from pipeline.errors import BrokenBag, RunStopped, UsageError
 from pipeline.meter import Meter
@@ -275,8 +274,8 @@ def test_predict_hands_on_only_what_was_given(monkeypatch):
     monkeypatch.setattr(batch, "predict", lambda *given, **options: calls.append((given, options)) or Report(()))
     assert main(monkeypatch, "predict", "out", "--model", "m") == 0
     main(monkeypatch, "predict", "slides", "-o", "new", "-m", "m", "--weights", "w.pt", "--workers", "2")
-    assert calls[0] == (("out", "m", None), {})
-    assert calls[1][0] == ("slides", "m", Path("new"))
+    assert calls[0] == (("out", ["m"], None), {})
+    assert calls[1][0] == ("slides", ["m"], Path("new"))
     assert {k: v for k, v in calls[1][1].items() if k != "progress"} == {"weights": "w.pt", "workers": 2}
     main(monkeypatch, "predict", "slides", "-o", "new", "-m", "m", "--zoom")
     assert {k: v for k, v in calls[2][1].items() if k != "progress"} == {"zoom": True}

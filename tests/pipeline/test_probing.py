@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from pipeline.errors import UsageError
-from pipeline.probe import lines, probe
+from pipeline.probing import lines, probe
 from pipeline.training import train
 
 pytestmark = pytest.mark.usefixtures("_few_draws")

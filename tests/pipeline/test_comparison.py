@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from pipeline.compare import Comparison, compare
+from pipeline.comparison import Comparison, compare
 from pipeline.errors import UsageError
 from pipeline.quadtree import build_quadtree
 from pipeline.readers import open_slide
