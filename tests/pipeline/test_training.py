@@ -459,9 +459,6 @@ KINDS = {
     "survival": ("slide,time,event", lambda i: f"{10 + i % 7 * 3.5},{int(i % 3 > 0)}"),
 }
 OUTPUTS = {"classification": 2, "multilabel": 2, "ordinal": 1, "regression": 1, "survival": 4}
-UNLOADABLE = pytest.mark.xfail(
-    strict=True, reason="load_model of pipeline/prediction.py makes a head of len(classes) outputs, not of `outputs`"
-)
 
 
 def strictly(path):
@@ -500,9 +497,7 @@ def as_tuples(found: dict) -> dict:
 
 
 @pytest.mark.usefixtures("_few_draws")
-@pytest.mark.parametrize(
-    "kind", [pytest.param(kind, marks=UNLOADABLE if kind in ("ordinal", "survival") else ()) for kind in KINDS]
-)
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_model_of_every_kind_says_the_same_when_it_is_loaded(kind, labelled):
     header, cell = KINDS[kind]
     table = labelled.table([cell(i) for i in range(24)], header)
