@@ -41,6 +41,37 @@ class Work:
     features: Shelf
 
 
+NO_TILES = QuadTree(
+    grid=np.zeros((0, 2), np.int32),
+    xy=np.zeros((0, 2), np.int32),
+    tissue=np.zeros(0, np.float32),
+    parent=np.zeros(0, np.int32),
+    scales=((1.0, 1.0, 0, 0),),
+    tile_px=1,
+)
+
+
+class _NoRows:
+    key, dtype = "", np.dtype(np.float32)
+
+    def missing_rows(self) -> np.ndarray:
+        return np.zeros(0, bool)
+
+    stored_valid = missing_rows
+
+    def write_chunk(self, chunk: int, x: np.ndarray, valid: np.ndarray) -> None:
+        raise AssertionError("there are no rows")
+
+
+def _never() -> Slide:
+    raise AssertionError("a slide of which nothing is missing is not opened")
+
+
+def nothing_of(slide: str) -> Work:
+    """No tile of a slide: it passes through the encoder all the same, so that it is told of in its turn."""
+    return Work(slide, _never, lambda: True, NO_TILES, _NoRows())
+
+
 class Writer:
     """One thread that writes chunks; at most `most` bytes wait for it. Use with `with`."""
 

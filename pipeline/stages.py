@@ -6,7 +6,6 @@ yields a row as each is finished.
 
 import importlib
 import platform
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -28,7 +27,7 @@ from .meter import Meter
 from .outcome import Outcome, failed
 from .quadtree import QuadTree, build_quadtree
 from .readers import open_slide
-from .rows import Shelf, Work
+from .rows import Shelf, Work, nothing_of
 from .scale import check_resolution
 from .slide import Slide, thumbnail
 from .store import BagStore, SlideGroup, read_attrs, short_name
@@ -281,24 +280,21 @@ def encode(
     """
     rows: dict[str, Outcome] = {}
     groups: dict[str, SlideGroup] = {}
-    broken: deque[Outcome] = deque()  # filled by the thread that takes from `slides`
+    broken: dict[str, Outcome] = {}  # filled by the thread that takes from `slides`
 
     def works() -> Iterator[Work]:
         for file, row in slides:
             rows[file.name], groups[file.name] = row, BagStore(out).group(file.name)
             try:
-                work = _work(file, groups[file.name], encoder, recipe, row.reader)
+                yield _work(file, groups[file.name], encoder, recipe, row.reader)
             except SlideError as error:  # what `prepare` wrote is not there any more
-                broken.append(failed(file.name, error))
-                continue
-            yield work
+                broken[file.name] = failed(file.name, error)
+                yield nothing_of(file.name)
 
     for result in encode_slides(works(), encoder, device, on_tiles, settings):
-        yield _finish(rows.pop(result.slide), groups.pop(result.slide), result, recipe, encoder), result
-        while broken:
-            yield broken[0], Encoded(broken.popleft().slide)
-    while broken:
-        yield broken[0], Encoded(broken.popleft().slide)
+        row, group = rows.pop(result.slide), groups.pop(result.slide)
+        fault = broken.pop(result.slide, None)
+        yield fault or _finish(row, group, result, recipe, encoder), result
 
 
 def _finish(row: Outcome, group: SlideGroup, result: Encoded, recipe: Recipe, encoder: Encoder) -> Outcome:

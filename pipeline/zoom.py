@@ -22,22 +22,12 @@ from .errors import BrokenBag, CorruptTiles, SlideError, UsageError
 from .meter import Meter
 from .outcome import Outcome, failed
 from .prediction import Model, store_prediction, zoomed
-from .quadtree import QuadTree
-from .rows import MAX_INVALID, Work
+from .rows import MAX_INVALID, Work, nothing_of
 from .saving import Saving
-from .slide import Slide
 from .stages import ZOOMED, Recipe, SlideFile, invalid_words, is_prepared, work_on
 from .store import CHUNK_ROWS, BagStore, SlideGroup
 
 WAIT_S = 0.2  # for a slide that comes home, before it is asked whether all is to end
-NO_TILES = QuadTree(
-    np.zeros((0, 2), np.int32),
-    np.zeros((0, 2), np.int32),
-    np.zeros(0, np.float32),
-    np.zeros(0, np.int32),
-    scales=((1.0, 1.0, 0, 0),),
-    tile_px=1,
-)
 
 
 def require_choosing(model: Model) -> HAGMIL:
@@ -105,10 +95,6 @@ def zoom(
 
 
 END = object()
-
-
-def _never() -> Slide:
-    raise AssertionError("a slide of which nothing is missing is not opened")
 
 
 def _first(home: "SimpleQueue[_Visit]", seconds: float) -> "_Visit | None":
@@ -183,8 +169,7 @@ class _Visit:
             fault = failed(self._file.name, error)
             self.row = replace(self.row, status="failed", stage=fault.stage, error=fault.error, message=fault.message)
         self.closed = True
-        nothing = _Held("", "float32", np.zeros(0, bool))
-        return Work(self._file.name, _never, lambda: True, NO_TILES, nothing)
+        return nothing_of(self._file.name)
 
     def _refuse_damaged(self) -> None:
         """Where a coarse tile cannot be read, a tile below it or glass cannot; few of the finest tiles may be lost."""

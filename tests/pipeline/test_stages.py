@@ -3,6 +3,7 @@
 import os
 import shutil
 from dataclasses import replace
+from threading import Event
 
 import cv2
 import numpy as np
@@ -410,6 +411,28 @@ def test_slides_are_encoded_as_a_stream(slides, tmp_path):
     for file in files:
         take(file, alone)
         assert contents(group_of(alone, file.name)) == contents(group_of(tmp_path, file.name))
+
+
+@pytest.mark.timeout(30)
+def test_a_slide_whose_store_vanished_is_told_of_before_the_next_is_asked_for(slides, tmp_path):
+    """Who gives slides may give no other until the row of the last has come back."""
+    files = [SlideFile(name, slides / name) for name in ("a.tif", "b.tif")]
+    encoder, told = Colour(), Event()
+    recipe = recipe_of(encoder)
+    prepared = [(file, prepare(file, recipe, tmp_path)) for file in files]
+    shutil.rmtree(group_of(tmp_path, "a.tif").path / "tiles")
+
+    def one_by_one():
+        yield prepared[0]
+        assert told.wait(10), "nobody was told of the first slide"
+        yield prepared[1]
+
+    rows = []
+    for row, _ in encode(one_by_one(), encoder, tmp_path, recipe):
+        rows.append(row)
+        told.set()
+    assert [(row.slide, row.status) for row in rows] == [("a.tif", "failed"), ("b.tif", "done")]
+    assert rows[0].error == "BrokenBag"
 
 
 def test_a_slide_that_changes_before_it_is_encoded_fails(slides, tmp_path):
