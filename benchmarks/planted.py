@@ -14,10 +14,7 @@ benchmarks/out/planted_<task>.json.
 
 import argparse
 import json
-import sys
 import time
-
-sys.path.pop(0)  # this folder, in which `heads` is another file
 from pathlib import Path
 from typing import Any
 

@@ -1,6 +1,6 @@
 """Time and memory of the heads against the number of tiles, a forward pass and a training step.
 
-    python benchmarks/heads.py [--heads longmil transmil] [--tiles 1024 16384 131072] [--device cuda] [--plot heads.png]
+    python benchmarks/scale.py [--heads longmil transmil] [--tiles 1024 16384 131072] [--device cuda] [--plot heads.png]
 
 Every head and size has a process of its own, so that its peak of memory is its own: what the process holds at most,
 less what it held before the first pass (on a GPU: torch's peak). Bags are torn tissue on a grid with random features of
@@ -9,7 +9,7 @@ log tiles between the two largest sizes. A size is left out (-) where the one be
 than --limit seconds.
 
 Then, at 16,384 tiles and in one process: local attention alone against fused attention of all to all, and longmil
-against three fused full blocks. Writes benchmarks/out/heads.json.
+against three fused full blocks. Writes benchmarks/out/scale.json.
 """
 
 import argparse
@@ -20,8 +20,6 @@ import resource
 import subprocess
 import sys
 import time
-
-sys.path.pop(0)  # this folder, in which `heads` is this file
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -61,7 +59,7 @@ def main() -> None:
     for words, value in pairs.items():
         print(f"{words}: {value:.2f}")
     OUT.mkdir(exist_ok=True)
-    (OUT / "heads.json").write_text(json.dumps({"machine": machine(), "rows": rows, "pairs": pairs}, indent=1) + "\n")
+    (OUT / "scale.json").write_text(json.dumps({"machine": machine(), "rows": rows, "pairs": pairs}, indent=1) + "\n")
     if wanted.plot:
         plot(rows, wanted.plot)
 
