@@ -234,7 +234,8 @@ def test_slides_stand_out_of_each_others_sight():
 
 @pytest.mark.parametrize("origins", [[(0, 0), (1, 3)], [(5, 2), (2, 5), (3, 4)], [(-3, -1), (0, 0)]])
 def test_what_a_slide_pools_alone_it_pools_in_a_joined_bag(origins):
-    bags = [tree_bag(seed, origin=origin).finest for seed, origin in enumerate(origins)]
+    odd = Bag.flat(features(3), grid=np.array([[4, 1], [5, 1], [6, 2]]), mpp=0.5)  # 3 columns wide
+    bags = [odd, *(tree_bag(seed, origin=origin).finest for seed, origin in enumerate(origins))]
     alone = [squares_of(bag.grid)[1] for bag in bags]
     together = squares_of(Bag.joined(bags).grid)[1]
     start = 0

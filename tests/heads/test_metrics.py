@@ -291,7 +291,7 @@ def test_the_calibration_error_by_hand():
     """Two bins: 2 slides at 0.95 of which 1 is right, 2 at 0.65 of which 2 are."""
     probabilities, truth = two([0.95, 0.95, 0.65, 0.35]), np.array([1, 0, 1, 0])
     assert calibration_error(probabilities, truth) == pytest.approx((2 * 0.45 + 2 * 0.35) / 4)
-    assert calibration_error(two([1.0, 0.0]), np.array([1, 0])) == 0, "a confidence of 1 is in the last bin"
+    assert calibration_error(two([1.0, 0.0]), np.array([1, 1])) == 0.5, "a confidence of 1 is in the last bin"
     assert calibration_error(two([0.95, 0.65]), np.array([0, 1]), bins=1) == pytest.approx(abs(0.8 - 0.5))
 
 

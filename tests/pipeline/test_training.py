@@ -622,6 +622,18 @@ def test_stored_features_that_changed_train_folds_again(out):
 
 
 @pytest.mark.usefixtures("_few_draws")
+def test_a_seed_trains_anew_on_the_same_fold_file(labelled):
+    splits = fold_file(labelled.root / "splits_0.csv", range(14), range(14, 18), range(18, 24))
+    models = [
+        model_bytes_of(
+            train(labelled.root, labelled.labels, splits=splits, epochs=1, seed=seed, **HEAD).folder / "splits_0"
+        )
+        for seed in (0, 1, 0)
+    ]
+    assert models[0] == models[2] != models[1]
+
+
+@pytest.mark.usefixtures("_few_draws")
 def test_a_damaged_fold_is_trained_again(labelled):
     folder = train(labelled.root, labelled.labels, cv=2, epochs=1, **HEAD).folder / "fold1"
     whole = model_bytes_of(folder)
