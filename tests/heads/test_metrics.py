@@ -158,6 +158,31 @@ def test_an_unknown_task_has_no_metrics():
         measure(object(), np.zeros(1), np.zeros(1))
 
 
+@settings(max_examples=40, deadline=None)
+@given(st.integers(2, 4), st.integers(3, 25), st.integers(0, 999))
+def test_classes_and_labels_are_measured_as_scikit_learn_does(classes, n, seed):
+    from sklearn.metrics import cohen_kappa_score, f1_score, precision_recall_fscore_support, roc_auc_score
+
+    random = np.random.default_rng(seed)
+    truth, p = random.integers(0, classes, n), random.dirichlet(np.ones(classes), n).round(1) + 0.01
+    p /= p.sum(axis=1, keepdims=True)
+    guess, there = p.argmax(axis=1), np.unique(truth)
+    if len(there) > 1:
+        found = measure(Classification(classes), p, truth)
+        _, recall, f1, _ = precision_recall_fscore_support(truth, guess, labels=there, average="macro", zero_division=0)
+        said_by_all = [found[name] for name in ("balanced_accuracy", "macro_f1", "kappa")]
+        assert said_by_all == pytest.approx([recall, f1, cohen_kappa_score(truth, guess)])
+        if len(there) == classes:
+            auc = roc_auc_score(truth, p[:, 1] if classes == 2 else p, multi_class="ovr")
+            assert found["auc"] == pytest.approx(auc)
+    labels = random.integers(0, 2, (n, classes))
+    mixed = [c for c in range(classes) if len(np.unique(labels[:, c])) == 2]
+    if mixed:
+        found = measure(MultiLabel(classes), p, labels)
+        assert found["macro_f1"] == pytest.approx(np.mean([f1_score(labels[:, c], p[:, c] >= 0.5) for c in mixed]))
+        assert found["auc"] == pytest.approx(np.mean([roc_auc_score(labels[:, c], p[:, c]) for c in mixed]))
+
+
 # --- intervals and tests ---------------------------------------------------------------------------------------------
 
 
