@@ -16,6 +16,8 @@ from .errors import UsageError
 from .evaluation import better, write_json
 from .training import Trained, checked_name, train
 
+COLUMNS = 4  # metrics beside each other; all of them are in the file
+
 
 @dataclass(frozen=True)
 class Comparison:
@@ -28,8 +30,8 @@ class Comparison:
     warnings: tuple[str, ...]
 
     def lines(self) -> list[str]:
-        """A readable table."""
-        names = list(self.rows[0]["pooled"])
+        """A readable table: the metric of the comparison first, and as many others as a terminal is wide."""
+        names = sorted(self.rows[0]["pooled"], key=lambda name: name != self.metric)[:COLUMNS]
         width = max(len(row["head"]) for row in self.rows) + 2
         lines = [f"{'head':{width}}{'parameters':>11}  " + "  ".join(f"{name:>22}" for name in names)]
         for row in self.rows:

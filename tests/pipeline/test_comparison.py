@@ -66,7 +66,9 @@ def test_the_file_holds_what_the_table_shows(labelled):
     assert (held["metric"], held["settings"]["cv"]) == ("auc", 2)
     assert held["differences"][0]["p_holm"] == found.pairs[0]["p_holm"]
     head, mean, largest, blank, title, difference = found.lines()
-    assert head.split() == ["head", "parameters", *found.rows[0]["pooled"]]
+    assert head.split() == ["head", "parameters", "auc", "accuracy", "balanced_accuracy", "macro_f1"]
+    assert set(held["heads"][0]["pooled"]) > set(head.split()[2:])
+    assert len(head) < 120
     assert mean.split()[:2] == ["mean", "10"]
     auc = found.rows[1]["pooled"]["auc"]
     assert f"{auc['value']:.3f} ({auc['low']:.3f}-{auc['high']:.3f})" in largest
