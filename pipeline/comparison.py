@@ -12,9 +12,12 @@ import torch
 from heads import UnknownName, load_head
 from heads.metrics import holm, main_metric
 
+from .cohort import read_cohort
 from .errors import UsageError
 from .evaluation import better, write_json
-from .training import Trained, checked_name, train
+from .judging import Judged
+from .learning import Plan
+from .training import Trained, checked_name, train_on
 
 COLUMNS = 4  # metrics beside each other; all of them are in the file
 
@@ -59,27 +62,41 @@ def compare(
     *,
     heads: Sequence[str],
     name: str = "compare",
+    task: str = "classification",
+    target: str = "label",
+    group: str = "patient",
+    site: str | None = None,
+    unit: str = "slide",
+    encoder: str | None = None,
     cv: int | None = None,
     splits: str | Path | None = None,
     split_by: str | None = None,
+    seeds: int = 1,
+    seed: int = 0,
+    recipe: str = "default",
     on_head: Callable[[str, Trained], None] | None = None,
-    **settings: Any,
+    **changes: Any,
 ) -> Comparison:
     """Train each head as `train` does with these settings, judge all on the same folds (`cv=5` unless told otherwise).
 
     heads: names, each with the level it reads where that is not the finest: `abmil@1.0`. Each becomes a model of its
-    own, OUT/models/<name>; folds that an earlier call has trained just so are not trained again. Writes
-    OUT/models/<name>.json. Raises UsageError.
+    own, OUT/models/<name>/<head>; folds that an earlier call has trained just so are not trained again. `changes`:
+    fields of the recipe (epochs, patience, lr, weight_decay, keep). Writes OUT/models/<name>/comparison.json. Raises
+    UsageError.
     """
     name, heads = checked_name(name), list(dict.fromkeys(heads))
     if len(heads) < 2:
         raise UsageError(f"--heads {','.join(heads)}: two different heads at least")
     if cv is None and splits is None and split_by is None:
         cv = 5
-    wishes = {wish: _parsed(wish) for wish in heads}  # all of them, before the first is trained
+    changes = {wish: value for wish, value in changes.items() if value is not None}
+    plans = {wish: _plan(wish, recipe, changes) for wish in heads}  # all of them, before the first is trained
+    cohort = read_cohort(out, labels, task=task, target=target, group=group, site=site, unit=unit, encoder=encoder)
+    how, folder = Judged(cv, splits, split_by, seeds, seed), cohort.place / "models" / name
+    asked = {"task": task, "target": target, "group": group, "site": site, "unit": unit}
     trained: dict[str, Trained] = {}
-    for wish, asked in wishes.items():
-        trained[wish] = train(out, labels, cv=cv, splits=splits, split_by=split_by, **settings | asked)
+    for wish, plan in plans.items():
+        trained[wish] = train_on(cohort, plan, how, folder / wish.replace(":", "--"), asked)
         if on_head is not None:
             on_head(wish, trained[wish])
     first = next(iter(trained.values()))
@@ -87,23 +104,21 @@ def compare(
     metric = main_metric(first.pooled.task)
     rows = [_row(wish, one) for wish, one in trained.items()]
     pairs = _pairs(trained, metric)
-    file = first.folder.parent / f"{name}.json"
-    assert first.results is not None
-    write_json(file, {"settings": first.results["settings"], "metric": metric, "heads": rows, "differences": pairs})
+    file = folder / "comparison.json"
+    write_json(file, {"settings": asked | how.words(), "metric": metric, "heads": rows, "differences": pairs})
     return Comparison(file, metric, rows, pairs, first.warnings)
 
 
-def _parsed(wish: str) -> dict[str, Any]:
-    """head[@level] → what `train` takes."""
+def _plan(wish: str, recipe: str, changes: dict[str, Any]) -> Plan:
+    """head[@level] → how it is trained."""
     head, _, level = wish.partition("@")
     try:
         with torch.random.fork_rng(devices=[]):
             load_head(head, 64, 2)
     except UnknownName as error:
         raise UsageError(f"--heads {wish}: {error}") from error
-    asked = {"head": head, "name": wish.replace(":", "--")}
     try:
-        return asked | ({"level": float(level)} if level else {})
+        return Plan(head, {}, recipe, changes, float(level) if level else None)
     except ValueError as error:
         raise UsageError(f"--heads {wish}: {level!r} is no number of µm/px") from error
 

@@ -101,7 +101,7 @@ def by_tiles(tiles: np.ndarray, strata: np.ndarray, whose: np.ndarray, seed: int
     if large.all():
         raise UsageError("--split-by tiles: patients (or sites) with large slides have all the small ones too")
     rows, nobody = np.arange(len(tiles)), np.empty(0, int)
-    fold = _with_validation(Fold("", rows[~large], nobody, rows[large]), strata, whose, seed)
+    fold = _with_validation(Fold("tiles", rows[~large], nobody, rows[large]), strata, whose, seed)
     small = f"{tiles[~large].min()}-{tiles[~large].max()}"
     words = f"trained on slides of {small} tiles, tested on {tiles[large].min()}-{tiles[large].max()}"
     return replace(fold, words=f"{words}; {fold.words}")

@@ -59,7 +59,7 @@ def read_labels(
     """
     path = Path(path)
     names = SlideNames(features.slides(), features.origin())
-    rows, unknown = _match(path, read_table(path, ("slide", *columns)), names, () if may_be_empty else columns)
+    rows, unknown = _match(path, _table(path, columns), names, () if may_be_empty else columns)
     usable = {slide: row for slide, row in rows.items() if features.has_features(slide)}
     warnings = [
         listed("rows name no slide of this store", unknown),
@@ -73,6 +73,14 @@ def read_labels(
     slides = sorted(usable)
     splits = _splits(path, usable, slides)
     return Labels(path, slides, [usable[slide] for slide in slides], splits, tuple(filter(None, warnings)))
+
+
+def _table(path: Path, columns: tuple[str, ...]) -> list[dict[str, str]]:
+    """The rows; CLAM's tables call the slide `slide_id`."""
+    rows = read_table(path, columns)
+    if rows and "slide" not in rows[0] and "slide_id" in rows[0]:
+        return [row | {"slide": row["slide_id"]} for row in rows]
+    return read_table(path, ("slide", *columns))
 
 
 def _match(

@@ -14,8 +14,8 @@ from .cohort import Cohort, read_cohort
 from .errors import UsageError
 from .evaluation import Answers, Pooled, summary, summary_lines, write_json
 from .folds import Fold
+from .judging import Judged
 from .prediction import find_model, load_model
-from .training import Judged
 
 NEIGHBOURS = 20
 POOLINGS = ("mean", "max")
@@ -56,7 +56,7 @@ def probe(
         cv = 5
     cohort = read_cohort(out, labels, target=target, group=group, site=site, unit=unit, encoder=encoder)
     how = Judged(cv, splits, split_by, seeds, seed)
-    _, folds, notes = how.parts(cohort)
+    folds, notes = how.folds(cohort)
     vectors = _embeddings(cohort, pooling, model, level)
     kinds = {"knn": _knn} if knn else {}
     kinds |= {"linear": _linear} if linear else {}

@@ -1,32 +1,28 @@
 """Labels × bags → trained model folders, judged on slides that they have not seen. The loop stands in heads.train."""
 
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
-from heads import Head, UnknownName, UnknownOption, load_head
-from heads.metrics import Metrics, measure
-from heads.recipe import Recipe
-from heads.tasks import Task, describe, task_of
-from heads.train import History, fit, logits_of
+from heads.metrics import Metrics
+from heads.tasks import describe, task_of
+from heads.train import logits_of
 
-from .bags import Chosen, choose_level
+from .bags import Chosen
 from .cohort import Cohort, read_cohort
 from .config import digest
 from .curves import save_curves
 from .errors import UsageError
-from .evaluation import Answers, Pooled, chosen_on, outputs_of, summary, write_answers, write_json
-from .folds import Fold, all_for_training, by_tiles, cross_validation, from_table, read_folds
-from .labels import listed
+from .evaluation import Answers, Pooled, summary, write_answers, write_json
+from .folds import Fold
+from .judging import Judged
+from .learning import Learned, OnEpoch, Plan, learn, require_classes, require_sense
 from .prediction import Model, load_model, save_model
-
-OnEpoch = Callable[[int, float, float | None], None]
 
 
 @dataclass(frozen=True)
@@ -44,70 +40,6 @@ class Trained:
     warnings: tuple[str, ...]
     results: dict[str, Any] | None = None
     pooled: Pooled | None = None
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How heads are trained: the same for every fold."""
-
-    head: str
-    options: dict[str, Any]
-    recipe: str
-    changes: dict[str, Any]  # of the recipe
-    level: float | None
-
-    def new_head(self, dim: int, task: Task, seed: int) -> Head:
-        """Its first weights are drawn from `seed`, without disturbing anyone else's random numbers."""
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            try:
-                return load_head(self.head, dim, task.outputs, **self.options)
-            except (UnknownName, UnknownOption, TypeError, ValueError) as error:
-                raise UsageError(str(error)) from error
-
-    def recipe_of(self, model: Head) -> Recipe:
-        known = {"default": Recipe()} | model.recipes
-        if self.recipe not in known:
-            raise UsageError(f"{self.head} has no recipe {self.recipe!r}; known are {', '.join(known)}")
-        try:
-            return replace(known[self.recipe], **self.changes)
-        except ValueError as error:
-            raise UsageError(f"{self.head}: {error}") from error
-
-    def level_of(self, model: Head, cohort: Cohort) -> float | None:
-        """What it reads of each bag: one level, or (None) all."""
-        return choose_level(cohort.features.levels, self.level) if model.needs.levels == 1 else None
-
-
-@dataclass(frozen=True, eq=False)
-class Learned:
-    """A head that was trained on one fold, and what it says of each part of it."""
-
-    fold: Fold
-    seed: int
-    model: Head
-    level: float | None
-    task: Task
-    recipe: Recipe
-    history: History
-    logits: dict[str, np.ndarray]
-    threshold: float | None
-    temperature: float | None
-
-    def metrics(self, cohort: Cohort) -> dict[str, Metrics]:
-        """Of each part."""
-        found, truth = {}, cohort.targets.truth
-        for part, rows in self.fold.parts().items():
-            counted = {f"{cohort.unit}s": float(len(rows))}
-            found[part] = counted | measure(
-                self.task, outputs_of(self.task, self.logits[part]), truth[rows], self.threshold
-            )
-        return found
-
-    def answers(self) -> Answers:
-        """Of the slides it was not trained on."""
-        rows, logits = self.fold.test, self.logits["test"]
-        return Answers(self.fold.name, self.seed, self.task, rows, logits, self.threshold, self.temperature)
 
 
 def train(
@@ -155,151 +87,42 @@ def train(
     recipe: "default" (heads.recipe.Recipe) or a name of the head's own ("paper"), of which `epochs`, `patience`, `lr`,
     `weight_decay` and `keep` replace single fields; `options` are the head's own. Raises UsageError.
     """
-    name = checked_name(name or head.replace(":", "--"))
     cohort = read_cohort(out, labels, task=task, target=target, group=group, site=site, unit=unit, encoder=encoder)
-    if cohort.targets.kind == "classification":
-        _require_classes(cohort, np.arange(len(cohort)), labels)
     wishes = {"epochs": epochs, "patience": patience, "lr": lr, "weight_decay": weight_decay, "keep": keep}
     changes = {wish: value for wish, value in wishes.items() if value is not None}
     plan = Plan(head, options, recipe, changes, level)
     how = Judged(cv, splits, split_by, seeds, seed)
-    whole, folds, notes = how.parts(cohort)
-    _try(plan, cohort, whole, seed)
-    folder = cohort.place / "models" / name
+    asked = {"task": task, "target": target, "group": group, "site": site, "unit": unit}
+    folder = cohort.place / "models" / checked_name(name or head.replace(":", "--"))
+    return train_on(cohort, plan, how, folder, asked, on_epoch)
+
+
+def train_on(
+    cohort: Cohort, plan: Plan, how: Judged, folder: Path, asked: dict[str, Any], on_epoch: OnEpoch | None = None
+) -> Trained:
+    """One head on a cohort, into its folder. `asked`: what results.json says of how the cohort was read."""
+    if cohort.targets.kind == "classification":
+        require_classes(cohort, np.arange(len(cohort)), "the label table")
+    whole = how.whole(cohort)
+    folds, notes = how.folds(cohort)
+    require_sense(plan, cohort, whole, how.seed)
     judged = []
-    for fold_seed, fold in folds:
-        judged.append(_judged(folder / _fold_folder(fold, fold_seed, seeds), cohort, plan, fold, fold_seed, on_epoch))
-    last = learn(cohort, plan, whole, seed, on_epoch)
+    for seed, fold in folds:
+        place = folder / (fold.name if how.seeds == 1 else f"{fold.name}-seed{seed}")
+        judged.append(_judged(place, cohort, plan, fold, seed, on_epoch))
+    last = learn(cohort, plan, whole, how.seed, on_epoch)
     metrics = _save(folder, cohort, plan, last)
     results = pooled = None
     for stale in ("results.json", "out_of_fold.csv"):  # of an earlier call, which trained another model
         (folder / stale).unlink(missing_ok=True)
     if judged:
-        settings = {"task": task, "target": target, "group": group, "site": site, "unit": unit, "level": last.level}
         pooled = Pooled(judged, cohort.targets.truth, cohort.groups)
-        results = _results(plan, settings | how.words(), cohort, judged, pooled)
+        results = _results(plan, asked | {"level": last.level} | how.words(), cohort, judged, pooled)
         write_json(folder / "results.json", results)
         write_answers(folder / "out_of_fold.csv", judged, cohort.units, cohort.targets.truth, cohort.targets.names)
     warnings = (*cohort.warnings, *notes, *_untrained(last, cohort))
     parameters = sum(weight.numel() for weight in last.model.parameters())
     return Trained(folder, metrics, last.history.best_epoch, parameters, warnings, results, pooled)
-
-
-@dataclass(frozen=True)
-class Judged:
-    """Who is tested, and how often."""
-
-    cv: int | None = None
-    splits: str | Path | None = None
-    split_by: str | None = None
-    seeds: int = 1
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        given = [
-            f"--{name}" for name in ("cv", "splits", "split-by") if getattr(self, name.replace("-", "_")) is not None
-        ]
-        if len(given) > 1:
-            raise UsageError(f"{' and '.join(given)}: only one of them can say who is tested")
-        if self.split_by not in (None, "tiles"):
-            raise UsageError(f"--split-by must be tiles, not {self.split_by!r}")
-        if self.seeds < 1:
-            raise UsageError(f"--seeds must be at least 1, not {self.seeds}")
-
-    def words(self) -> dict[str, Any]:
-        return {
-            name: None if value is None else str(value) if name == "splits" else value
-            for name, value in asdict(self).items()
-        }
-
-    def parts(self, cohort: Cohort) -> tuple[Fold, list[tuple[int, Fold]], list[str]]:
-        """The fold of the model at the top of the folder; those that are judged, with their seeds; notes."""
-        strata, whose = cohort.targets.strata, cohort.whose
-        if cohort.splits is None:
-            whole = all_for_training(strata, whose, self.seed)
-        else:
-            whole = from_table(cohort.splits, strata, whose, cohort.groups, self.seed)
-        rows = np.sort(np.concatenate([whole.train, whole.val]))  # the table's test slides are never trained on
-        folds, notes = [], []
-        for seed in range(self.seed, self.seed + self.seeds):
-            found, unknown = self._folds(cohort, rows, seed)
-            folds += [(seed, fold) for fold in found]
-            notes = unknown
-        return whole, folds, notes
-
-    def _folds(self, cohort: Cohort, rows: np.ndarray, seed: int) -> tuple[list[Fold], list[str]]:
-        strata, whose = cohort.targets.strata[rows], cohort.whose[rows]
-        if self.splits is not None:
-            if cohort.splits is not None:
-                raise UsageError("--splits: the label table has a column `split` of its own; leave one of them out")
-            folds, unknown = read_folds(self.splits, cohort.index(), strata, whose, cohort.groups, seed)
-            used = {row for fold in folds for part in fold.parts().values() for row in part.tolist()}
-            unused = [unit for row, unit in enumerate(cohort.units) if row not in used]
-            notes = [
-                listed(f"cells of {self.splits} name no slide here", unknown),
-                listed(f"labelled {cohort.unit}s are in no fold of {self.splits}", unused),
-            ]
-            return folds, [note for note in notes if note]
-        if self.cv is not None:
-            folds = cross_validation(strata, whose, self.cv, seed)
-        elif self.split_by is not None:
-            bags = cohort.bags(choose_level(cohort.features.levels, None))
-            folds = [by_tiles(np.array([len(bags[int(row)]) for row in rows]), strata, whose, seed)]
-        elif self.seeds > 1:
-            raise UsageError("--seeds: say with --cv, --splits or --split-by who is tested")
-        else:
-            folds = []
-        return [replace(fold, train=rows[fold.train], val=rows[fold.val], test=rows[fold.test]) for fold in folds], []
-
-
-def _try(plan: Plan, cohort: Cohort, fold: Fold, seed: int) -> None:
-    """What is wrong with what was asked is said now, not after hours."""
-    task = _task(cohort, fold)
-    model = plan.new_head(cohort.features.dim, task, seed)
-    plan.recipe_of(model)
-    row = int(fold.train[0])
-    bag = cohort.bags(plan.level_of(model, cohort))[row]
-    answer = cohort.targets.answers(task, np.array([row]))[0]
-    try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            model.loss(model.train()(bag), answer, task)
-    except ValueError as error:
-        raise UsageError(f"{plan.head}: {error}") from error
-
-
-def _task(cohort: Cohort, fold: Fold) -> Task:
-    try:
-        return cohort.targets.task(fold.train)
-    except ValueError as error:
-        raise UsageError(f"{fold.name or 'training'}: {error}") from error
-
-
-def learn(cohort: Cohort, plan: Plan, fold: Fold, seed: int, on_epoch: OnEpoch | None = None) -> Learned:
-    """One head on one fold. Raises UsageError for a damaged slide, or a loss that left the numbers."""
-    targets = cohort.targets
-    if targets.kind == "classification":
-        _require_classes(cohort, fold.train, fold.name or "training")
-    task = _task(cohort, fold)
-    model = plan.new_head(cohort.features.dim, task, seed)
-    recipe, level = plan.recipe_of(model), plan.level_of(model, cohort)
-    bags = {part: Chosen(cohort.bags(level), rows.tolist()) for part, rows in fold.parts().items()}
-    answers = {part: targets.answers(task, rows) for part, rows in fold.parts().items()}
-    try:
-        history = fit(
-            model,
-            bags["train"],
-            answers["train"],
-            task=task,
-            recipe=recipe,
-            validation=(bags["val"], answers["val"]),
-            seed=seed,
-            on_epoch=on_epoch,
-        )
-        logits = {part: logits_of(model, chosen) for part, chosen in bags.items()}
-    except (ValueError, FloatingPointError) as error:  # ValueError: a bag that the head was not made for
-        raise UsageError(str(error)) from error
-    threshold, temperature = chosen_on(task, logits["val"], targets.truth[fold.val])
-    return Learned(fold, seed, model, level, task, recipe, history, logits, threshold, temperature)
 
 
 def _judged(folder: Path, cohort: Cohort, plan: Plan, fold: Fold, seed: int, on_epoch: OnEpoch | None) -> Answers:
@@ -375,24 +198,11 @@ def _results(
     return about | {"settings": settings} | described | summary(answers, cohort.targets.truth, pooled)
 
 
-def _fold_folder(fold: Fold, seed: int, seeds: int) -> str:
-    name = fold.name or "fold"
-    return name if seeds == 1 else f"{name}-seed{seed}"
-
-
 def checked_name(name: str) -> str:
     """Raises UsageError for what would be no folder, or one elsewhere."""
     if not re.fullmatch(r"[\w@+-][\w.@+-]*", name):
         raise UsageError(f"a model's name becomes a folder: letters, digits and . _ - only, not first a dot: {name!r}")
     return name
-
-
-def _require_classes(cohort: Cohort, rows: np.ndarray, where: str | Path) -> None:
-    present = sorted({cohort.targets.names[i] for i in cohort.targets.truth[rows]})
-    if len(present) < 2:
-        raise UsageError(
-            f"{where}: all usable training slides have the label {present[0]!r}; one class alone cannot be learned"
-        )
 
 
 def _untrained(learned: Learned, cohort: Cohort) -> list[str]:

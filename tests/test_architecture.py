@@ -46,7 +46,8 @@ ORDER = (
         "featurefiles",
     ),
     *("folder", "stages", "zoom", "lock", "output", "worker", "cluster", "batch", "labels", "targets", "folds"),
-    *("bags", "cohort", "curves", "evaluation", "external", "training", "comparison", "probing", "demo", "doctor"),
+    *("bags", "cohort", "curves", "evaluation", "external", "learning", "judging", "training", "comparison", "probing"),
+    *("demo", "doctor"),
     "cli",
 )
 BROAD = {

@@ -246,6 +246,11 @@ def test_row_79_contradicting_duplicates(labels, cohort, cli):
     assert cli("train", cohort.out, "--labels", path).code == 1
 
 
+def test_a_table_of_clam_calls_the_slide_by_another_name(labels, cohort):
+    known = read_labels(labels(TABLE.replace("slide,label", "slide_id,label")), Store(cohort.store.root))
+    assert known.slides == [f"00{i}.svs" for i in range(1, 9)]
+
+
 def test_row_79_the_same_row_twice_is_one_row(labels, cohort):
     known = read_labels(labels(TABLE + "001,tumour\n"), Store(cohort.store.root))
     assert len(known.slides) == 8

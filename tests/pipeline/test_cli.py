@@ -199,7 +199,7 @@ def test_train_on_a_folder_of_features(labelled, monkeypatch, capsys):
     auc = next(line for line in lines if line.startswith("auc "))
     assert re.fullmatch(r"auc +\d\.\d{3}  \d\.\d{3} to \d\.\d{3} +\d\.\d{3} ± \d\.\d{3}", auc)
     assert any(re.match(r"val +slides 4 ", line) or re.match(r"val +slides 5 ", line) for line in lines)
-    assert lines[-1] == f"best epoch 1; the model is in {labelled.root / 'models/mean'}"
+    assert lines[-1] == f"best epoch 1; the model is in {labelled.root / 'models/compare/mean'}"
     assert max(map(len, lines[:-1])) < 130
     assert "nan" not in "".join(lines[:-1])
 
@@ -210,10 +210,10 @@ def test_compare_heads(labelled, monkeypatch, capsys):
     flags = ["--heads", "mean, max,", "--cv", "2", "--epochs", "1"]
     code, lines, err = call(monkeypatch, capsys, "compare", labelled.root, "--labels", labelled.labels, *flags)
     assert (code, err) == (0, [])
-    assert lines[0] == f"mean: {labelled.root / 'models/mean'}"
+    assert lines[0] == f"mean: {labelled.root / 'models/compare/mean'}"
     assert lines[2] == "note: 1 rows name no slide of this store: s24."
     assert lines[3].split()[:2] == ["head", "parameters"]
-    assert lines[-1] == str(labelled.root / "models/compare.json")
+    assert lines[-1] == str(labelled.root / "models/compare/comparison.json")
     assert any(re.match(r"mean - max +[+-]\d\.\d{3} \([+-]\d\.\d{3} to [+-]\d\.\d{3}\)  p ", line) for line in lines)
 
 

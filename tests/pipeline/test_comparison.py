@@ -60,7 +60,7 @@ def test_a_head_that_sees_more_is_better(labelled):
 
 def test_the_file_holds_what_the_table_shows(labelled):
     found = compare(labelled.root, labelled.labels, heads=["mean", "max"], name="mine", **QUICK)
-    assert found.file == labelled.root / "models/mine.json"
+    assert found.file == labelled.root / "models/mine/comparison.json"
     held = json.loads(found.file.read_text(), parse_constant=lambda word: pytest.fail(word))
     assert [row["head"] for row in held["heads"]] == ["mean", "max"]
     assert (held["metric"], held["settings"]["cv"]) == ("auc", 2)

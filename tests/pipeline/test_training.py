@@ -689,7 +689,7 @@ def test_what_fold_files_leave_out_is_said(labelled):
 @pytest.mark.usefixtures("_few_draws")
 def test_trained_on_small_slides_and_tested_on_large_ones(labelled):
     trained = train(labelled.root, labelled.labels, split_by="tiles", epochs=1, **HEAD)
-    about = fold_about(trained.folder / "fold")["training"]
+    about = fold_about(trained.folder / "tiles")["training"]
     assert re.search(r"trained on slides of 6-\d tiles, tested on \d-9", about["split"])
     sizes = {part: [6 + int(s[1:]) % 4 for s in slides] for part, slides in about["slides"].items()}
     assert max(sizes["train"] + sizes["val"]) <= min(sizes["test"])
