@@ -199,7 +199,7 @@ def test_train_on_a_folder_of_features(labelled, monkeypatch, capsys):
     auc = next(line for line in lines if line.startswith("auc "))
     assert re.fullmatch(r"auc +\d\.\d{3}  \d\.\d{3} to \d\.\d{3} +\d\.\d{3} ± \d\.\d{3}", auc)
     assert any(re.match(r"val +slides 4 ", line) or re.match(r"val +slides 5 ", line) for line in lines)
-    assert lines[-1] == f"best epoch 1; the model is in {labelled.root / 'models/compare/mean'}"
+    assert lines[-1] == f"best epoch 1; the model is in {labelled.root / 'models/mean'}"
     assert max(map(len, lines[:-1])) < 130
     assert "nan" not in "".join(lines[:-1])
 
