@@ -17,7 +17,7 @@ import numpy as np
 from .tasks import Classification, MultiLabel, Ordinal, Regression, Survival, Task
 
 Metrics = dict[str, float]
-DRAWS = 1000
+DRAWS = 5000  # p is at least 2 / draws, and among ten heads that counts 45 times
 BINS = 10  # of the confidence
 
 
@@ -60,8 +60,8 @@ def said(probabilities: np.ndarray, threshold: Threshold) -> np.ndarray:
 def _of_classes(probabilities: np.ndarray, truth: np.ndarray, threshold: Threshold) -> Metrics:
     """AUC: of three classes or more the mean of one against the rest, where all of them occur.
 
-    By hand: scikit-learn takes twenty times as long, most of it to look at what it is given, and a bootstrap asks a
-    thousand times.
+    By hand: scikit-learn takes twenty times as long, most of it to look at what it is given, and a bootstrap asks
+    thousands of times.
     """
     guess, classes = said(probabilities, threshold), probabilities.shape[1]
     table = np.bincount(truth * classes + guess, minlength=classes**2).reshape(classes, classes)
