@@ -25,7 +25,7 @@ import argparse
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
@@ -71,7 +71,7 @@ class Trial:
     make: Make
     plan: Plan
     options: dict[str, Any] = field(default_factory=dict)
-    larger: dict[str, Make] = field(default_factory=dict)  # other tests, on larger bags
+    larger: Mapping[str, Make] = field(default_factory=dict)  # other tests, on larger bags
     larger_twins: int = TEST
 
 
@@ -135,7 +135,9 @@ def flat_trials(task: str) -> Iterator[Trial]:
         if load_head(head, DIM, 2, **options).needs.levels > 1:
             continue
         if task == "needle":
-            sizes = {"8 times": partial(needle, tiles=8 * NEEDLES)} if head in ("transmil", *PLACED) else {}
+            sizes: dict[str, Make] = (
+                {"8 times": partial(needle, tiles=8 * NEEDLES)} if head in ("transmil", *PLACED) else {}
+            )
             yield Trial(head, head, needle, plan(task, head), options, sizes, larger_twins=50)
             continue
         sizes = {"one pair": partial(pair, side=LARGE), f"{PAIRS} pairs": partial(pair, side=LARGE, pairs=PAIRS)}
