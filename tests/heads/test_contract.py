@@ -1,6 +1,7 @@
 """What holds for every head, also for those that are written later; an exception stands here, with its reason."""
 
 import io
+import shutil
 from collections.abc import Callable
 
 import numpy as np
@@ -29,6 +30,8 @@ NO_GRADIENT = "w.bias"
 ORDERED = {"iat", "transmil"}  # neighbours in the bag's order are what Nyström attention and convolutions see
 DRAWN = {"dtfd"}  # parts the tiles at random
 POOLED = {"longmil"}  # weighs squares of one to four tiles
+
+COMPILER = pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
 
 torch.set_num_threads(1)
 
@@ -181,7 +184,7 @@ def test_eval_is_deterministic_and_draws_no_random_numbers(make):
 
 
 @pytest.mark.filterwarnings("ignore")  # dynamo's, of where it goes on in Python
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=[pytest.mark.slow, COMPILER])])
 def test_compiled_it_says_the_same(make, backend):
     """Two bags of different sizes, as the second is where a graph that was made for the first would be wrong."""
     head = make()
