@@ -231,7 +231,7 @@ def compare(
     out: Bags,
     labels: LabelsFile,
     heads: Annotated[str, typer.Option("--heads", help="with commas between; abmil@1.0 reads the level of 1 µm/px")],
-    name: Annotated[str, typer.Option("--name", help="of the file with the results")] = "compare",
+    name: Annotated[str, typer.Option("--name", help="of the folder of its models and results")] = "compare",
     encoder: WhichEncoder = None,
     task: Task = "classification",
     target: Target = "label",
@@ -534,9 +534,8 @@ def main() -> None:
     """The console command. Exits 0, 1 usage, 2 nothing succeeded, 3 some failed, 4 had to stop, 130 interrupted."""
     sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]  # names that are not UTF-8
     sys.stderr.reconfigure(errors="replace")  # type: ignore[union-attr]
-    os.environ.setdefault(
-        "OMP_WAIT_POLICY", "PASSIVE"
-    )  # on a shared machine threads that spin double a training's time
+    # On a shared machine threads that spin double the time of a training.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     sys.path.insert(0, os.getcwd())  # so that module:function finds what stands in the current folder
     try:
         code = app(standalone_mode=False)

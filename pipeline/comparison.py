@@ -91,9 +91,9 @@ def compare(
         cv = 5
     changes = {wish: value for wish, value in changes.items() if value is not None}
     plans = {wish: _plan(wish, recipe, changes) for wish in heads}  # all of them, before the first is trained
-    cohort = read_cohort(out, labels, task=task, target=target, group=group, site=site, unit=unit, encoder=encoder)
+    asked: dict[str, Any] = {"task": task, "target": target, "group": group, "site": site, "unit": unit}
+    cohort = read_cohort(out, labels, encoder=encoder, **asked)
     how, folder = Judged(cv, splits, split_by, seeds, seed), cohort.place / "models" / name
-    asked = {"task": task, "target": target, "group": group, "site": site, "unit": unit}
     trained: dict[str, Trained] = {}
     for wish, plan in plans.items():
         trained[wish] = train_on(cohort, plan, how, folder / wish.replace(":", "--"), asked)

@@ -73,18 +73,12 @@ class Pooled:
     def _of_seed(self, answers: Sequence[Answers]) -> dict[str, np.ndarray]:
         """Of each tested unit, the mean over the folds that tested it (one, unless fold files overlap)."""
         shape = answers[0].outputs.shape[1:]
-        sums, cooled, limit = (
-            np.zeros((len(self.rows), *shape)),
-            np.zeros((len(self.rows), *shape)),
-            np.zeros(len(self.rows)),
-        )
-        count = np.zeros(len(self.rows))
+        sums, cooled = np.zeros((2, len(self.rows), *shape))
+        limit, count = np.zeros((2, len(self.rows)))
         for one in answers:
             at = np.searchsorted(self.rows, one.rows)
             sums[at] += one.outputs
-            cooled[at] += (
-                outputs_of(one.task, one.logits / (one.temperature or 1.0)) if one.temperature else one.outputs
-            )
+            cooled[at] += outputs_of(one.task, one.logits / (one.temperature or 1.0))
             limit[at] += np.nan if one.threshold is None else one.threshold
             count[at] += 1
         tall = count.reshape(-1, *[1] * len(shape))

@@ -87,12 +87,12 @@ def train(
     recipe: "default" (heads.recipe.Recipe) or a name of the head's own ("paper"), of which `epochs`, `patience`, `lr`,
     `weight_decay` and `keep` replace single fields; `options` are the head's own. Raises UsageError.
     """
-    cohort = read_cohort(out, labels, task=task, target=target, group=group, site=site, unit=unit, encoder=encoder)
+    asked: dict[str, Any] = {"task": task, "target": target, "group": group, "site": site, "unit": unit}
+    cohort = read_cohort(out, labels, encoder=encoder, **asked)
     wishes = {"epochs": epochs, "patience": patience, "lr": lr, "weight_decay": weight_decay, "keep": keep}
     changes = {wish: value for wish, value in wishes.items() if value is not None}
     plan = Plan(head, options, recipe, changes, level)
     how = Judged(cv, splits, split_by, seeds, seed)
-    asked = {"task": task, "target": target, "group": group, "site": site, "unit": unit}
     folder = cohort.place / "models" / checked_name(name or head.replace(":", "--"))
     return train_on(cohort, plan, how, folder, asked, on_epoch)
 
