@@ -14,6 +14,7 @@ Parameters (width d): d (dim + 1) + blocks (12 d² + 10 d) + 2 d + C (d + 1).
 from collections.abc import Callable
 from typing import ClassVar
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -23,6 +24,7 @@ from .layers import rope_2d
 from .recipe import Recipe
 
 Mix = Callable[[Tensor, Tensor, Tensor], Tensor]  # queries, keys, values (H, N, d) → (H, N, d)
+ROWS = 16_384  # tiles that a large bag's MLP sees at a time
 
 
 class Block(nn.Module):
@@ -45,10 +47,20 @@ class Block(nn.Module):
         )
 
     def forward(self, h: Tensor, mix: Mix) -> Tensor:
+        h = h + self.out(self._mixed(h, mix))
+        return h + some_at_a_time(lambda part: self.mlp(self.norm2(part)), h)
+
+    def _mixed(self, h: Tensor, mix: Mix) -> Tensor:
         q, k, v = self.qkv(self.norm1(h)).unflatten(-1, (3, self.heads, -1)).permute(1, 2, 0, 3)
-        h = h + self.out(mix(q, k, v).transpose(0, 1).flatten(1))
-        mixed: Tensor = h + self.mlp(self.norm2(h))
-        return mixed
+        return mix(q, k, v).transpose(0, 1).flatten(1)
+
+
+def some_at_a_time(layer: Callable[[Tensor], Tensor], h: Tensor) -> Tensor:
+    """A layer that sees each tile alone. Without gradients a part of a large bag at a time: the four-fold width of all
+    tiles at once is what would fill the memory."""
+    if torch.is_grad_enabled() or len(h) <= ROWS:
+        return layer(h)
+    return torch.cat([layer(part) for part in h.split(ROWS)])
 
 
 def full_rope(grid: Tensor, base: float = 10_000.0) -> Mix:

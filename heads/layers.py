@@ -39,21 +39,13 @@ class Attention(nn.Module):
         return scores
 
 
-class NystromParts(NamedTuple):
-    """The attention matrix as a product of three: left (H, N, m) · inverse (H, m, m) · right (H, m, N)."""
-
-    left: Tensor
-    inverse: Tensor
-    right: Tensor
-    values: Tensor  # (H, N, d)
-
-
 class NystromAttention(nn.Module):
     """(N, dim) → (N, dim): self-attention by way of at most `landmarks` means (Xiong et al., AAAI 2021).
 
     The landmarks are the means over groups of ⌈N / landmarks⌉ neighbours in the order of the tiles; the last group may
     be smaller, so nothing is padded and nothing depends on N mod landmarks. A depth-wise convolution over 33 tiles of
-    the values is added. Time and memory O(N · landmarks). Parameters: 4 dim² + dim + 33 heads.
+    the values is added. Time O(N · landmarks). The two softmaxes between tiles and landmarks are fused attention, which
+    never holds them: memory O(N · dim). Parameters: 4 dim² + dim + 33 heads.
     """
 
     def __init__(
@@ -68,25 +60,42 @@ class NystromAttention(nn.Module):
         self.convolution = nn.Conv1d(heads, heads, taps, padding=taps // 2, groups=heads, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.mix(self.parts(x))
+        q, k, v = self._split(x)
+        few_q, few_k, inverse = self._landmarks(q, k)
+        gathered = inverse @ fused(few_q, k, v)
+        return self._out(fused(q, few_k, gathered) + self._neighbours(v))
 
-    def parts(self, x: Tensor) -> NystromParts:
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(1, 2, 0, 3)  # each (H, N, d)
-        q = q * q.shape[-1] ** -0.5
+    def first(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """`forward`'s first row (dim,), and how much it attends to each row of x (N,), the mean over the heads."""
+        q, k, v = self._split(x)
+        few_q, few_k, inverse = self._landmarks(q, k)
+        left, right = (q[:, :1] @ few_k.mT).softmax(-1), (few_q @ k.mT).softmax(-1)
+        row = left @ inverse @ right  # (H, 1, N)
+        near = v[:, : self.convolution.kernel_size[0] // 2 + 1]
+        return self._out(row @ v + self._neighbours(near)[:, :1])[0], row[:, 0].mean(0)
+
+    def _split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Each (H, N, d); the queries scaled."""
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(1, 2, 0, 3)
+        return q * q.shape[-1] ** -0.5, k, v
+
+    def _landmarks(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Means of queries and of keys, each (H, m, d), and the inverse (H, m, m) of the attention between them."""
         few_q, few_k = group_means(q, self.landmarks), group_means(k, self.landmarks)
-        left = (q @ few_k.mT).softmax(-1)
-        right = (few_q @ k.mT).softmax(-1)
-        return NystromParts(left, pseudo_inverse((few_q @ few_k.mT).softmax(-1), self.iterations), right, v)
+        return few_q, few_k, pseudo_inverse((few_q @ few_k.mT).softmax(-1), self.iterations)
 
-    def mix(self, parts: NystromParts) -> Tensor:
-        left, inverse, right, v = parts
-        mixed = left @ (inverse @ (right @ v)) + self._neighbours(v)
+    def _out(self, mixed: Tensor) -> Tensor:
         out: Tensor = self.out(mixed.transpose(0, 1).flatten(1))
         return out
 
     def _neighbours(self, v: Tensor) -> Tensor:
         """Each channel of a head with the head's one filter along the tiles."""
         return self.convolution(v.permute(2, 0, 1)).permute(1, 2, 0)
+
+
+def fused(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """(H, n, d), (H, m, d), (H, m, d) → (H, n, d): softmax(q kᵀ) v; the queries are scaled already."""
+    return F.scaled_dot_product_attention(q[None], k[None], v[None], scale=1.0)[0]
 
 
 def group_means(x: Tensor, most: int) -> Tensor:
@@ -226,7 +235,7 @@ def _in_cells(q: Tensor, k: Tensor, v: Tensor, grid: Tensor, radius: float) -> T
         (members, near[:, : int(counts[-1])])
         for members, near, counts in zip(*(part.split(at_once) for part in cells), strict=True)
     ]
-    q, k, v = (x.transpose(0, 1).contiguous() for x in (q, k, v))  # (N, H, d): a tile's values lie together
+    q, k, v = (x.transpose(0, 1) for x in (q, k, v))  # (N, H, d)
     out: Tensor = _InParts.apply(q, k, v, place, parts, radius)
     return out.transpose(0, 1)
 

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from .bag import Bag, Prediction, TileScores
 from .head import Head
-from .layers import NystromAttention, NystromParts
+from .layers import NystromAttention
 from .recipe import Recipe
 
 
@@ -57,9 +57,9 @@ class TransMIL(Head):
         h = torch.cat([self.token, h, h[: side**2 - len(h)]])
         h = h + self.mix1(self.first(h))
         h = torch.cat([h[:1], self._convolved(h[1:], side)])
-        parts = self.mix2.parts(self.last(h))
-        z = self.norm((h + self.mix2.mix(parts))[0])
-        raw = class_row(parts, int(bag.valid.sum()))
+        mixed, row = self.mix2.first(self.last(h))
+        z = self.norm(h[0] + mixed)
+        raw = with_copies(row[1:], int(bag.valid.sum()))
         shown = raw.clamp(min=0)
         weight = shown / shown.sum() if bool((shown > 0).any()) else torch.full_like(raw, 1 / len(raw))
         return Prediction(self.classifier(z), z, (TileScores.place(bag.valid, raw, weight),))
@@ -70,9 +70,8 @@ class TransMIL(Head):
         return mixed[0].flatten(1).T
 
 
-def class_row(parts: NystromParts, count: int) -> Tensor:
-    """(count,): how much the first token attends to each tile, repeated tiles with what their copies get."""
-    row = (parts.left[:, :1] @ parts.inverse @ parts.right)[:, 0, 1:].mean(0)
+def with_copies(row: Tensor, count: int) -> Tensor:
+    """(count,): the score of each tile, with that of its copy where the square was filled with one."""
     raw, copies = row[:count], row[count:]
     return raw + torch.cat([copies, copies.new_zeros(count - len(copies))])
 

@@ -254,6 +254,23 @@ def test_nystrom_with_a_landmark_for_each_token_is_nearly_softmax_attention(n):
     assert (layer(x) - exact).norm() / exact.norm() < 1e-3
 
 
+@pytest.mark.parametrize("n", [1, 2, 7, 50, 513])
+def test_the_first_row_of_nystrom_is_that_of_all_rows(n):
+    torch.manual_seed(0)
+    layer, x = NystromAttention(16, landmarks=10, heads=2).double(), torch.randn(n, 16, dtype=torch.float64)
+    mixed, row = layer.first(x)
+    torch.testing.assert_close(mixed, layer(x)[0])
+    assert row.shape == (n,)
+
+
+def test_nystrom_holds_no_matrix_of_tiles_by_landmarks():
+    layer, x = NystromAttention(32, landmarks=512, heads=2), torch.randn(4096, 32)
+    saved: list[int] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):
+        layer(x).sum().backward()
+    assert max(saved) <= 2 * 512 * 512  # the inverse; a softmax would be 2 × 4096 × 512
+
+
 def test_more_iterations_are_nearer_to_the_inverse():
     torch.manual_seed(0)
     a = torch.randn(3, 64, 64, dtype=torch.float64).softmax(-1)
