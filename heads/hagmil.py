@@ -3,9 +3,9 @@
 Xiong et al.: Diagnose Like a Pathologist: Transformer-Enabled Hierarchical Attention-Guided Multiple Instance Learning
 for Whole Slide Image Classification, IJCAI 2023 (arXiv 2301.08125).
 
-One level (`iat`), for blocks t = 1..4 of widths 1024, 1536, 512, 1024:
+One level (`iat`), for blocks t = 1..4 of widths 1024, 1536, 512, 1024 (option `widths`):
 
-    h ← GELU(LN(h W + b));  h ← ω h + Nys(LN h),  ω = √(9 / ln 9 - 1) (Admin: Liu et al., EMNLP 2020)
+    h ← GELU(LN(h W + b));  h ← ω h + Nys(LN h),  ω = √(9 / ln 9 - 1), two branches a block (Admin, see below)
     g = LN_t(h);  u = GELU(g V0 + b);  a = w (tanh(V u) ⊙ σ(U u))
     z_t = GELU(LN(LN_t(Σ softmax(a)_i h_i) M + b))
     logits = W (Σ_t w_t z_t + b0) + b
@@ -17,17 +17,22 @@ What differs from the paper: k is by default a share of the tiles that a level l
 which exceed most slides); children are those that the quadtree kept, one to four; eqs 9 to 11 lack the softmax that the
 released code has. Tiles stay in the order of the bag. The second loss, on tiles, is CLAM's.
 
-Parameters of a level (D → d_t): Σ_t [d_{t-1} d_t + 4 d_t² + 9 d_t + 33 · 8 + 512 (d_t + 1) + 512 · 513 + 257 + 1024
-(d_t + 1) + 2048] + 5 + 1026 C + 1025 C.
+Admin: Liu et al.: Understanding the Difficulty of Training Transformers, EMNLP 2020. The paper counts two residual
+branches in each block, of which this transformer has one.
+
+Parameters of a level of T blocks (D → d_1 … d_T): Σ_t [d_{t-1} d_t + 4 d_t² + 8 d_t + 33 · 8 + 512 (d_t + 1) + 512 ·
+513 + 257 + d_T (d_t + 1) + 2 d_T] + T + 1 + 1026 C + (d_T + 1) C.
 """
 
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from .bag import BadBag, Bag, BagLevel, Prediction, TileScores
 from .clam_sb import Instances, require_classes
@@ -37,25 +42,30 @@ from .recipe import Recipe
 from .tasks import Classification, Task
 
 WIDTHS = (1024, 1536, 512, 1024)
-OUT = 1024
-OMEGA = math.sqrt(9 / math.log(9) - 1)  # Admin's constant for 8 residual branches
+HEADS = 8
+RECOMPUTED_TILES = 32_768
+
+
+def admin(branches: int) -> float:
+    """Liu et al.'s constant for a network of so many residual branches."""
+    return math.sqrt((branches + 1) / math.log(branches + 1) - 1)
 
 
 class IATBlock(nn.Module):
-    """(N, before) → (N, width), raw attention (N,), the tiles as the attention saw them (N, 512), the bag (1024,)."""
+    """(N, before) → (N, width), raw attention (N,), the tiles as the attention saw them (N, 512), the bag (out,)."""
 
     omega: Tensor
 
-    def __init__(self, before: int, width: int, dropout: float) -> None:
+    def __init__(self, before: int, width: int, out: int, omega: float, dropout: float) -> None:
         super().__init__()
         self.widen = nn.Sequential(nn.Linear(before, width), nn.LayerNorm(width), nn.GELU())
         self.norm = nn.LayerNorm(width)
-        self.mix = NystromAttention(width, landmarks=width // 2, dropout=dropout)
-        self.register_buffer("omega", torch.tensor(OMEGA), persistent=False)
+        self.mix = NystromAttention(width, landmarks=width // 2, heads=HEADS, dropout=dropout)
+        self.register_buffer("omega", torch.tensor(omega), persistent=False)
         self.norm_t = nn.LayerNorm(width)
         self.seen = nn.Sequential(nn.Linear(width, 512), nn.GELU(), nn.Dropout(0.25))
         self.attention = Attention(512, 256, dropout=0.25)
-        self.out = nn.Sequential(nn.Linear(width, OUT), nn.LayerNorm(OUT), nn.GELU())
+        self.out = nn.Sequential(nn.Linear(width, out), nn.LayerNorm(out), nn.GELU())
 
     def forward(self, h: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         h = self.widen(h)
@@ -66,7 +76,7 @@ class IATBlock(nn.Module):
 
 
 class IAT(Head):
-    """instance_weight: λ of the loss on tiles, which is added to that of the slide."""
+    """widths: of the blocks. instance_weight: λ of the loss on tiles, which is added to that of the slide."""
 
     recipes: ClassVar = {"paper": Recipe(lr=1e-5, epochs=200, patience=20, class_weights=False)}
 
@@ -75,17 +85,22 @@ class IAT(Head):
         dim: int,
         classes: int,
         *,
+        widths: Sequence[int] = WIDTHS,
         dropout: float = 0.3,
         instances: int = 8,
         instance_weight: float = 1.0,
         instance_loss: str = "svm",
         subtyping: bool = False,
     ) -> None:
-        options: dict[str, Any] = {"dropout": dropout, "instances": instances, "subtyping": subtyping}
-        super().__init__(dim, classes, **options, instance_weight=instance_weight, instance_loss=instance_loss)
-        self.blocks = nn.ModuleList(IATBlock(a, b, dropout) for a, b in zip((dim, *WIDTHS), WIDTHS, strict=False))
-        self.fuse = nn.Linear(len(WIDTHS), 1)
-        self.classifier = nn.Linear(OUT, classes)
+        if not widths or any(width < HEADS or width % HEADS for width in widths):
+            raise ValueError(f"widths must be multiples of {HEADS}, one for each block, not {list(widths)}")
+        options: dict[str, Any] = {"widths": list(widths), "dropout": dropout, "subtyping": subtyping}
+        options |= {"instances": instances, "instance_weight": instance_weight, "instance_loss": instance_loss}
+        super().__init__(dim, classes, **options)
+        sizes, out, omega = pairwise((dim, *widths)), widths[-1], admin(2 * len(widths))
+        self.blocks = nn.ModuleList(IATBlock(before, width, out, omega, dropout) for before, width in sizes)
+        self.fuse = nn.Linear(len(widths), 1)
+        self.classifier = nn.Linear(out, classes)
         self.instances = Instances(512, classes, instances, instance_loss, subtyping)
 
     def forward(self, bag: Bag) -> Prediction:
@@ -96,13 +111,17 @@ class IAT(Head):
         """x: features of the tiles that are looked at; shown (N,) bool: which they are among those of the level."""
         h, raws, bags = x, [], []
         for block in self.blocks:
-            h, raw, u, z = block(h)
+            h, raw, u, z = checkpoint(block, h, use_reentrant=False) if self._recomputed(h) else block(h)
             raws.append(raw)
             bags.append(z)
         z = self.fuse(torch.stack(bags, dim=-1))[:, 0]
         tiles = TileScores.place(shown, raws[-1], raws[-1].softmax(0))
         parts = {"tiles": u, "raw": raws[-1][None], "blocks": torch.stack(raws)}
         return Prediction(self.classifier(z), z, (tiles,), parts=parts)
+
+    def _recomputed(self, h: Tensor) -> bool:
+        """A block keeps 30 to 100 kB of each tile for its gradient; of many tiles it is computed once more instead."""
+        return torch.is_grad_enabled() and len(h) > RECOMPUTED_TILES
 
     def loss(self, prediction: Prediction, target: Any, task: Task | None = None) -> Tensor:
         task, share = task or self.task, self.options["instance_weight"]
@@ -114,9 +133,11 @@ class IAT(Head):
 
 
 class HAGMIL(Head):
-    """levels: how many, the finest ones of the bag. k: the tiles of a level that are looked at more closely, an int
-    their number, a float their share of those it looked at; k_train: while training, by default the same. smoothing: of
-    the labels on all levels but the finest.
+    """levels: how many, the finest ones of the bag. widths: of the blocks of each.
+
+    k: the tiles of a level that are looked at more closely, an int their number, a float their share of those it looked
+    at; k_train: while training, by default the same. smoothing: of the labels on all levels but the finest, unless the
+    task has more.
     """
 
     presets: ClassVar = {"paper": {"k": 10_000, "k_train": 7_000}}
@@ -131,6 +152,7 @@ class HAGMIL(Head):
         k: int | float = 0.25,
         k_train: int | float | None = None,
         smoothing: float = 0.1,
+        widths: Sequence[int] = WIDTHS,
         dropout: float = 0.3,
         instances: int = 8,
         instance_weight: float = 1.0,
@@ -138,6 +160,7 @@ class HAGMIL(Head):
         subtyping: bool = False,
     ) -> None:
         each: dict[str, Any] = {
+            "widths": list(widths),
             "dropout": dropout,
             "instances": instances,
             "instance_weight": instance_weight,
@@ -185,7 +208,7 @@ class HAGMIL(Head):
         """The sum over levels, as the paper's; no gradient crosses from one to another."""
         finest = coarser = task or self.task
         if isinstance(finest, Classification):
-            coarser = replace(finest, smoothing=self.options["smoothing"])
+            coarser = replace(finest, smoothing=max(finest.smoothing, self.options["smoothing"]))
         parts, total = prediction.parts, prediction.logits.new_zeros(())
         for i, iat in enumerate(self.levels):
             assert isinstance(iat, IAT)

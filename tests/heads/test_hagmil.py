@@ -2,9 +2,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 from heads import BadBag, Bag, BagLevel, load_head
-from heads.hagmil import HAGMIL, OMEGA, WIDTHS
+from heads.hagmil import HAGMIL, WIDTHS, admin
 from heads.tasks import Classification, Regression
 
 DIM = 7
@@ -29,10 +30,12 @@ def make(**options) -> HAGMIL:
     return load_head("hagmil", DIM, 3, **options).eval()
 
 
-def count(dim: int, classes: int) -> int:
-    total = 5 + 1026 * classes + 1025 * classes
-    for before, d in zip((dim, *WIDTHS), WIDTHS, strict=False):
-        total += before * d + 4 * d**2 + 9 * d + 33 * 8 + 512 * (d + 1) + 512 * 513 + 257 - d + 1024 * (d + 1) + 2048
+def count(dim: int, classes: int, widths=WIDTHS) -> int:
+    last = widths[-1]
+    total = len(widths) + 1 + 1026 * classes + (last + 1) * classes
+    for before, d in zip((dim, *widths), widths, strict=False):
+        total += before * d + 4 * d**2 + 8 * d + 33 * 8 + 512 * (d + 1) + 512 * 513 + 257
+        total += last * (d + 1) + 2 * last
     return total
 
 
@@ -45,10 +48,44 @@ def test_parameter_counts_of_the_literature():
 @pytest.mark.parametrize(("dim", "classes"), [(7, 3), (384, 2)])
 def test_parameter_count_in_closed_form(dim, classes):
     assert parameters(load_head("iat", dim, classes)) == count(dim, classes)
+    for widths in ((64, 96, 32, 64), (16, 40)):
+        assert parameters(load_head("iat", dim, classes, widths=widths)) == count(dim, classes, widths)
+
+
+def test_widths_of_every_level():
+    head = make(widths=(16, 24), levels=2)
+    assert parameters(head) == 2 * count(DIM, 3, (16, 24))
+    assert head.levels[0].blocks[0].omega == torch.tensor(admin(4))
+    again = load_head("hagmil", head.dim, head.classes, **head.options)
+    again.load_state_dict(head.state_dict())
+    assert torch.equal(again.eval()(tree()).logits, head(tree()).logits)
+
+
+@pytest.mark.parametrize("widths", [(), (12,), (0, 16)])
+def test_widths_that_heads_cannot_part_are_refused(widths):
+    with pytest.raises(ValueError, match="multiples of 8"):
+        load_head("iat", DIM, 2, widths=widths)
+
+
+def test_blocks_computed_once_more_give_the_same_gradients(monkeypatch):
+    """Dropout draws the same numbers the second time."""
+
+    def gradients() -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        head = load_head("iat", DIM, 3, widths=(16, 24)).train()
+        head.loss(head(Bag.flat(torch.randn(40, DIM, generator=torch.Generator().manual_seed(1)))), 1).backward()
+        return [p.grad for p in head.parameters() if p.grad is not None]
+
+    kept = gradients()
+    monkeypatch.setattr("heads.hagmil.RECOMPUTED_TILES", 39)
+    calls: list[object] = []
+    monkeypatch.setattr("heads.hagmil.checkpoint", lambda *a, **k: calls.append(a) or checkpoint(*a, **k))
+    assert all(torch.equal(a, b) for a, b in zip(kept, gradients(), strict=True))
+    assert len(calls) == 2
 
 
 def test_omega():
-    assert pytest.approx(1.75957, abs=5e-6) == OMEGA
+    assert pytest.approx(1.75957, abs=5e-6) == admin(8)
 
 
 @torch.no_grad()
@@ -57,7 +94,7 @@ def test_omega_weighs_the_residual():
     block = load_head("iat", DIM, 2).eval().blocks[0]
     x = torch.randn(9, DIM)
     wide = block.widen(x)
-    torch.testing.assert_close(block(x)[0], OMEGA * wide + block.mix(block.norm(wide)))
+    torch.testing.assert_close(block(x)[0], admin(8) * wide + block.mix(block.norm(wide)))
     block.omega.fill_(1.0)
     torch.testing.assert_close(block(x)[0], wide + block.mix(block.norm(wide)))
 
@@ -70,7 +107,7 @@ def test_one_level_from_the_formulas():
     h, z = x, torch.zeros(1024)
     for t, block in enumerate(head.blocks):
         h = F.gelu(block.widen[1](block.widen[0](h)))
-        h = OMEGA * h + block.mix(block.norm(h))
+        h = admin(8) * h + block.mix(block.norm(h))
         u = F.gelu(block.seen[0](block.norm_t(h)))
         a = block.attention.w(torch.tanh(block.attention.V(u)) * torch.sigmoid(block.attention.U(u)))[:, 0]
         mean = sum(share * tile for share, tile in zip(a.softmax(0), h, strict=True))
@@ -154,6 +191,11 @@ def test_the_loss_is_the_sum_over_levels_smoothed_above_the_finest():
         total = total + F.cross_entropy(out.parts[f"logits {i}"], torch.tensor(1), label_smoothing=smoothing)
         total = total + 0.5 * iat.instances(out.parts[f"tiles {i}"], out.parts[f"raw {i}"], 1)
     torch.testing.assert_close(head.loss(out, 1), total)
+    own = head.loss(out, 1, Classification(3, smoothing=0.3)) - total
+    logits = [out.parts[f"logits {i}"] for i in range(3)]
+    more = [F.cross_entropy(one, torch.tensor(1), label_smoothing=0.3) for one in logits]
+    less = [F.cross_entropy(one, torch.tensor(1), label_smoothing=0.2 * (i < 2)) for i, one in enumerate(logits)]
+    torch.testing.assert_close(own, sum(more) - sum(less))
     weighted = head.loss(out, 1, Classification(3, (1.0, 2.0, 1.0)))
     assert weighted > total
     plain = load_head("hagmil", DIM, 1, instance_weight=0.0).eval()
