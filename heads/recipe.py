@@ -44,7 +44,9 @@ class Recipe:
 
     def make_optimizer(self, parameters: Any) -> torch.optim.Optimizer:
         kind = OPTIMIZERS[self.optimizer]
-        return kind(parameters, lr=self.lr, betas=self.betas, weight_decay=self.weight_decay)
+        # fused: in one pass over the weights, which is a quarter of the time of a step on a small bag
+        fused = {} if kind is torch.optim.RAdam else {"fused": True}
+        return kind(parameters, lr=self.lr, betas=self.betas, weight_decay=self.weight_decay, **fused)
 
     def make_schedule(self, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
         """To be stepped once after each epoch."""

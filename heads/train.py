@@ -31,7 +31,7 @@ Labels = Sequence[int] | np.ndarray
 @dataclass(frozen=True)
 class History:
     train_loss: tuple[float, ...]  # one per epoch
-    validation_loss: tuple[float, ...]  # one per epoch; empty without validation
+    validation_loss: tuple[float, ...]  # one per epoch, of the bags' logits alone; empty without validation
     best_epoch: int  # counted from 0: of the weights that were kept (of their mean: the best, otherwise the last)
 
 
@@ -52,7 +52,8 @@ def fit(
     task: what is asked, by default one class of each bag; targets: what its loss takes, one for each bag. changes:
     fields of the recipe (`epochs=20`). With validation the weights of the epoch with the lowest validation loss are
     kept, and training ends after `patience` epochs without a lower one; without, all epochs are run and the last
-    weights kept.
+    weights kept. The validation loss is the task's, of what the head says of the bag: what it adds to that while it
+    trains (a loss on tiles, those of coarser levels) does not choose the epoch.
     `on_epoch(epoch, train_loss, validation_loss)` is for a progress bar.
     """
     recipe = replace(recipe, **changes)
@@ -165,14 +166,22 @@ def train_epoch(
 @torch.no_grad()
 def mean_loss(head: Head, bags: Sequence[Bag], targets: Any, task: Task) -> float:
     head.eval()
-    return sum(bag_loss(head, bags, targets, i, task).item() for i in range(len(bags))) / len(bags)
+    device = next(head.parameters()).device
+    total = 0.0
+    for i in range(len(bags)):
+        bag = bags[i].to(device)
+        total += finite(task.loss(head(bag).logits, targets[i]), i, bag).item()
+    return total / len(bags)
 
 
 def bag_loss(head: Head, bags: Sequence[Bag], targets: Any, i: int, task: Task) -> Tensor:
     bag = bags[i].to(next(head.parameters()).device)
-    loss = head.loss(head(bag), targets[i], task)
+    return finite(head.loss(head(bag), targets[i], task), i, bag)
+
+
+def finite(loss: Tensor, i: int, bag: Bag) -> Tensor:
+    """Refused before the backward step, which would spread it to every weight."""
     if not math.isfinite(loss.item()):
-        # said before the backward step, which would spread it to every weight
         raise FloatingPointError(f"the loss is {loss.item()} at bag {i} ({bag.slide!r}); a lower lr may help")
     return loss
 

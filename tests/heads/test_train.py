@@ -110,6 +110,16 @@ def test_the_best_epoch_is_kept():
     assert not all(torch.equal(head.state_dict()[k], v) for k, v in weights[1].items())
 
 
+@pytest.mark.parametrize("name", ["clam_sb", "dsmil", "dtfd"])
+def test_the_epoch_is_chosen_by_the_loss_of_the_bags_logits(name):
+    """Not by what a head adds to it while it trains."""
+    bags, labels = few()
+    head = make_head(name)
+    history = fit(head, bags, labels, validation=(bags, labels), epochs=1, class_weights=False)
+    probabilities = predict(head, bags)[np.arange(len(bags)), labels]
+    assert history.validation_loss[0] == pytest.approx(-np.log(probabilities).mean(), rel=1e-5)
+
+
 def test_training_stops_after_patience_epochs_without_a_better_one():
     _, history, _ = validate_against_the_opposite(patience=5)
     assert len(history.validation_loss) == len(history.train_loss) == 6
