@@ -35,7 +35,7 @@ import numpy as np
 import torch
 from sklearn.metrics import roc_auc_score
 
-from heads import Bag, BagLevel, Head, hagmil, list_heads, load_head
+from heads import Bag, BagLevel, Head, list_heads, load_head
 from heads.train import fit, predict
 
 OUT = Path(__file__).parent / "out"
@@ -44,12 +44,14 @@ NEEDLES = 500
 RADIUS, SIDE, LARGE, PAIRS = 2, 10, 28, 8
 REGIONS, CHILDREN, SICK, K = 25, 16, 6, 3
 CUES = {"visible in some": (0.4, 4.0), "weak in all": (1.0, 0.742), "none": (0.0, 0.0)}  # of sick regions, how much
+WIDTHS = {"widths": (64, 96, 32, 64)}
 SMALL: dict[str, dict[str, Any]] = {  # at the sizes of the papers they would only be slower
     "attention": {"width": 32, "heads": 2},
+    "hagmil": WIDTHS,
+    "iat": WIDTHS,
     "longmil": {"width": 32, "heads": 2, "radius": RADIUS},
     "transmil": {"width": 64, "landmarks": 32, "heads": 4},
 }
-hagmil.WIDTHS, hagmil.OUT = (64, 96, 32, 64), 64  # of iat too; there is no option for it
 ORDERED, PLACED = ("iat", "transmil"), ("attention", "longmil")
 
 Twins = tuple[Bag, Bag]  # negative, positive
@@ -125,7 +127,7 @@ def coarse_trials() -> Iterator[Trial]:
     for words, cue in CUES.items():
         for k in (K, REGIONS) if words == "visible in some" else (K,):
             plan = Plan(250, 2, seeds=5 if words == "visible in some" and k == K else 2)
-            options = {"levels": 2, "k": k, "instance_weight": 0.0}
+            options = {"levels": 2, "k": k, "instance_weight": 0.0, **SMALL["hagmil"]}
             yield Trial(f"cue {words}, k = {k}", "hagmil", partial(coarse, cue=cue), plan, options)
 
 

@@ -8,15 +8,14 @@ less what it held before the first pass (on a GPU: torch's peak). Bags are torn 
 log tiles between the two largest sizes. A size is left out (-) where the one before it says that it would take longer
 than --limit seconds.
 
-Then, at 16,384 tiles and in one process: local attention alone against fused attention of all to all, and longmil
-against three fused full blocks. Writes benchmarks/out/scale.json.
+Then, where longmil and attention are among the heads, at 16,384 tiles and in one process: local attention alone against
+fused attention of all to all, and longmil against three fused full blocks. Writes benchmarks/out/scale.json.
 """
 
 import argparse
 import json
 import math
 import os
-import resource
 import subprocess
 import sys
 import time
@@ -30,9 +29,12 @@ import torch.nn.functional as F
 
 from heads import Bag, BagLevel, Head, list_heads, load_head
 from heads.layers import local_attention
+from heads.recipe import Recipe
 
 OUT = Path(__file__).parent / "out"
 DIM, CLASSES, WIDTH, HEADS, RADIUS = 384, 2, 384, 4, 10
+PASSES = ["forward", "step"]
+LONG = 10.0  # seconds, beside which starting up is nothing
 TILES = [1024 * 2**i for i in range(8)]
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     **{name: (name, {}) for name in list_heads()},
@@ -46,21 +48,23 @@ def main() -> None:
     parser.add_argument("--tiles", nargs="+", type=int, default=TILES)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--limit", type=float, default=120, help="seconds for one training step")
+    parser.add_argument("--limit", type=float, default=120, help="seconds for one pass")
+    parser.add_argument("--passes", nargs="+", default=PASSES, choices=PASSES)
     parser.add_argument("--plot", type=Path)
     parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
     wanted = parser.parse_args()
     if wanted.one:
-        print(json.dumps(measured(wanted.one[0], int(wanted.one[1]), wanted.repeats, wanted.device)))
+        print(json.dumps(measured(wanted.one[0], int(wanted.one[1]), wanted.repeats, wanted.device, wanted.passes)))
         return
     rows = [row for name in wanted.heads for row in grown(name, wanted)]
     table(rows, wanted.tiles)
-    pairs = side_by_side(16_384, wanted.repeats, wanted.device)
+    both = {"longmil", "attention"} <= set(wanted.heads)
+    pairs = side_by_side(16_384, wanted.repeats, wanted.device) if both else {}
     for words, value in pairs.items():
         print(f"{words}: {value:.2f}")
     OUT.mkdir(exist_ok=True)
     (OUT / "scale.json").write_text(json.dumps({"machine": machine(), "rows": rows, "pairs": pairs}, indent=1) + "\n")
-    if wanted.plot:
+    if wanted.plot and "step" in wanted.passes:
         plot(rows, wanted.plot)
 
 
@@ -72,10 +76,11 @@ def grown(name: str, wanted: argparse.Namespace) -> list[dict[str, Any]]:
     """A head at all sizes, as long as it is worth waiting for."""
     rows: list[dict[str, Any]] = []
     for tiles in sorted(wanted.tiles):
-        if len(rows) > 1 and rows[-1]["step s"] * growth(rows, tiles) * (1 + wanted.repeats) > wanted.limit:
+        if len(rows) > 1 and foreseen(rows, tiles) > wanted.limit:
             break
         command = [sys.executable, __file__, "--one", name, str(tiles), "--repeats", str(wanted.repeats)]
-        done = subprocess.run([*command, "--device", wanted.device], capture_output=True, text=True)
+        command += ["--device", wanted.device, "--passes", *wanted.passes]
+        done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             print(f"{name}, {tiles} tiles: {done.stderr.strip().splitlines()[-1:]}")
             break
@@ -84,9 +89,10 @@ def grown(name: str, wanted: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
-def growth(rows: list[dict[str, Any]], tiles: int) -> float:
-    """How much longer the next size will take, if it goes on as from the size before the last to the last."""
-    return float((tiles / rows[-1]["tiles"]) ** max(1.0, slope(rows, "step s")))
+def foreseen(rows: list[dict[str, Any]], tiles: int) -> float:
+    """Seconds of a pass of that many tiles, if it goes on as from the size before the last to the last."""
+    what = next(f"{one} s" for one in reversed(PASSES) if f"{one} s" in rows[-1])
+    return float(rows[-1][what] * (tiles / rows[-1]["tiles"]) ** max(1.0, slope(rows, what)))
 
 
 def slope(rows: list[dict[str, Any]], what: str) -> float:
@@ -97,25 +103,20 @@ def slope(rows: list[dict[str, Any]], what: str) -> float:
     return math.log(b[what] / a[what]) / math.log(b["tiles"] / a["tiles"])
 
 
-def measured(name: str, tiles: int, repeats: int, device: str) -> dict[str, Any]:
-    """Medians of `repeats` passes after one that does not count, and the most memory that was held."""
+def measured(name: str, tiles: int, repeats: int, device: str, passes: list[str]) -> dict[str, Any]:
+    """Times of a pass, and the most memory that was held."""
     torch.manual_seed(0)
     kind, options = VARIANTS[name]
     head = load_head(kind, DIM, CLASSES, **options).to(device)
     bag = (tree if head.needs.levels > 1 else flat)(tiles).to(device)
-    optimizer = torch.optim.Adam(head.parameters(), lr=1e-5)
-    before = held(device)
-    forward = timed(lambda: looked(head, bag), repeats, device)
-    forward_mb = (held(device) - before) / 1e6
-    step = timed(lambda: stepped(head, bag, optimizer), repeats, device)
-    return {
-        "head": name,
-        "tiles": tiles,
-        "forward s": forward,
-        "step s": step,
-        "forward MB": forward_mb,
-        "step MB": (held(device) - before) / 1e6,
-    }
+    optimizer = Recipe(lr=1e-5).make_optimizer(head.parameters())
+    works = {"forward": lambda: looked(head, bag), "step": lambda: stepped(head, bag, optimizer)}
+    row: dict[str, Any] = {"head": name, "tiles": tiles}
+    before = held_from_now(device)
+    for what in passes:
+        row[f"{what} s"] = timed(works[what], repeats, device)
+        row[f"{what} MB"] = (held(device) - before) / 1e6
+    return row
 
 
 @torch.no_grad()
@@ -130,21 +131,36 @@ def stepped(head: Head, bag: Bag, optimizer: torch.optim.Optimizer) -> None:
 
 
 def timed(work: Any, repeats: int, device: str) -> float:
-    times = []
-    for _ in range(1 + repeats):
-        start = time.perf_counter()
-        work()
-        if device != "cpu":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    return median(times[1:])
+    """The median of `repeats` passes after one that does not count; of one alone if it takes longer than LONG."""
+    times = [once(work, device)]
+    if times[0] > LONG:
+        return times[0]
+    return median(once(work, device) for _ in range(repeats))
+
+
+def once(work: Any, device: str) -> float:
+    start = time.perf_counter()
+    work()
+    if device != "cpu":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def held_from_now(device: str) -> float:
+    """The bytes held now, from which on `held` counts."""
+    if device != "cpu":
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak begins again
+    return held(device)
 
 
 def held(device: str) -> float:
-    """The most bytes held so far."""
+    """The most bytes held."""
     if device != "cpu":
         return float(torch.cuda.max_memory_allocated())
-    return 1024.0 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return 1024.0 * int(peak.split()[1])
 
 
 def places(tiles: int) -> np.ndarray:
@@ -176,12 +192,12 @@ def side_by_side(tiles: int, repeats: int, device: str) -> dict[str, float]:
     """How many times faster, forward or whole step, in turns in this process."""
     torch.manual_seed(0)
     bag = flat(tiles).to(device)
-    q, k, v = torch.randn(3, HEADS, tiles, WIDTH // HEADS, device=device)
+    q, k, v = torch.randn(tiles, 3, HEADS, WIDTH // HEADS, device=device).permute(1, 2, 0, 3)  # as longmil has them
     heads = {
         "longmil": load_head("longmil", DIM, CLASSES).to(device),
         "full": load_head("attention", DIM, CLASSES, blocks=3).to(device),
     }
-    optimizers = {name: torch.optim.Adam(head.parameters(), lr=1e-5) for name, head in heads.items()}
+    optimizers = {name: Recipe(lr=1e-5).make_optimizer(head.parameters()) for name, head in heads.items()}
     works = {
         "local": lambda: local_attention(q, k, v, bag.grid, RADIUS),
         "fused": lambda: F.scaled_dot_product_attention(q[None], k[None], v[None]),
@@ -201,11 +217,11 @@ def side_by_side(tiles: int, repeats: int, device: str) -> dict[str, float]:
 
 
 def table(rows: list[dict[str, Any]], sizes: list[int]) -> None:
-    for what in ("forward s", "step s", "forward MB", "step MB"):
+    for what in (f"{one} {unit}" for unit in ("s", "MB") for one in PASSES if f"{one} s" in rows[0]):
         print(f"\n{what:20}" + "".join(f"{n:>10}" for n in sizes) + "     slope")
         for name in dict.fromkeys(row["head"] for row in rows):
             mine = [row for row in rows if row["head"] == name]
-            by_size = {row["tiles"]: row[what] for row in mine}
+            by_size = {row["tiles"]: row.get(what) for row in mine}
             cells = "".join(f"{words(by_size.get(n)):>10}" for n in sizes)
             print(f"{name:20}{cells}     " + (f"{slope(mine, what):.2f}" if len(mine) > 1 else "-"))
 
