@@ -28,6 +28,8 @@ from heads.metrics import (
 )
 from heads.tasks import Classification, Task
 
+from .cohort import Cohort
+
 
 @dataclass(frozen=True, eq=False)
 class Answers:
@@ -195,15 +197,14 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def write_answers(
-    path: Path, answers: Sequence[Answers], units: Sequence[str], truth: np.ndarray, names: Sequence[str]
-) -> None:
+def write_answers(path: Path, answers: Sequence[Answers], cohort: Cohort) -> None:
     """One row for each unit, fold and seed."""
+    units, truth, names = cohort.units, cohort.targets.truth, cohort.targets.names
     part = path.with_name(f"{path.name}.partial")
     with open(part, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
         writer = csv.writer(file)
         columns = [f"p_{name}" for name in names] if answers[0].outputs.ndim == 2 else ["prediction"]
-        writer.writerow(["slide", "seed", "fold", "truth", *columns, "threshold"])
+        writer.writerow([cohort.unit, "seed", "fold", "truth", *columns, "threshold"])
         for one in answers:
             for row, outputs in zip(one.rows, np.atleast_2d(one.outputs.T).T, strict=True):
                 said = [f"{value:.6f}" for value in np.ravel(outputs)]

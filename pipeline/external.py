@@ -53,7 +53,7 @@ def evaluate(
     folder = cohort.place / "predictions"
     folder.mkdir(exist_ok=True)
     write_json(folder / f"{one.name}.metrics.json", results)
-    write_answers(folder / f"{one.name}.labelled.csv", answers, cohort.units, truth, cohort.targets.names)
+    write_answers(folder / f"{one.name}.labelled.csv", answers, cohort)
     return results | {"warnings": [*cohort.warnings, *_seen(one, cohort.slides)]}
 
 

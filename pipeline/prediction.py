@@ -119,10 +119,12 @@ def choose_models(model: str | Path | Sequence[str], out: Path, folds: bool = Fa
 
 def load_folds(folder: Path) -> Model:
     """The models of a cross-validation as one, which says the mean of what they say."""
-    inner = sorted(part.parent for part in folder.glob("*/model.json"))
-    if not inner:
-        raise UsageError(f"{folder} holds no models of folds: train with --cv, --splits or --split-by")
-    return average([load_model(part) for part in inner], f"{folder.name}-folds")
+    try:
+        # not all models below: those of an earlier call with more folds may lie there
+        names = [fold["model"] for fold in json.loads((folder / "results.json").read_bytes())["folds"]]
+    except (OSError, ValueError, KeyError) as error:
+        raise UsageError(f"{folder} holds no models of folds: train with --cv, --splits or --split-by") from error
+    return average([load_model(folder / name) for name in names], f"{folder.name}-folds")
 
 
 def average(models: Sequence[Model], name: str) -> Model:

@@ -106,10 +106,12 @@ def train_on(
     whole = how.whole(cohort)
     folds, notes = how.folds(cohort)
     require_sense(plan, cohort, whole, how.seed)
-    judged = []
-    for seed, fold in folds:
-        place = folder / (fold.name if how.seeds == 1 else f"{fold.name}-seed{seed}")
-        judged.append(_judged(place, cohort, plan, fold, seed, on_epoch))
+    # those of the first seed are called the same however many seeds there are, so that more of them can be added
+    places = [fold.name if seed == how.seed else f"{fold.name}-seed{seed}" for seed, fold in folds]
+    judged = [
+        _judged(folder / place, cohort, plan, fold, seed, on_epoch)
+        for place, (seed, fold) in zip(places, folds, strict=True)
+    ]
     last = learn(cohort, plan, whole, how.seed, on_epoch)
     metrics = _save(folder, cohort, plan, last)
     results = pooled = None
@@ -118,8 +120,10 @@ def train_on(
     if judged:
         pooled = Pooled(judged, cohort.targets.truth, cohort.groups)
         results = _results(plan, asked | {"level": last.level} | how.words(), cohort, judged, pooled)
+        for one, place in zip(results["folds"], places, strict=True):
+            one["model"] = place
         write_json(folder / "results.json", results)
-        write_answers(folder / "out_of_fold.csv", judged, cohort.units, cohort.targets.truth, cohort.targets.names)
+        write_answers(folder / "out_of_fold.csv", judged, cohort)
     warnings = (*cohort.warnings, *notes, *_untrained(last, cohort))
     parameters = sum(weight.numel() for weight in last.model.parameters())
     return Trained(folder, metrics, last.history.best_epoch, parameters, warnings, results, pooled)

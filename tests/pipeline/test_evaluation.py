@@ -2,6 +2,7 @@
 
 import csv
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -155,7 +156,8 @@ def test_an_interval_that_is_not_known_is_a_dash():
 
 def written(tmp_path, task, logits, truth, names, **chosen):
     one = Answers("fold0", 3, task, np.array([1, 0]), np.asarray(logits, float), **chosen)
-    write_answers(tmp_path / "o.csv", [one], ["a.svs", "b,c"], truth, names)
+    cohort = SimpleNamespace(unit="patient", units=["a.svs", "b,c"], targets=SimpleNamespace(truth=truth, names=names))
+    write_answers(tmp_path / "o.csv", [one], cohort)
     with open(tmp_path / "o.csv", newline="") as file:
         return list(csv.reader(file))
 
@@ -164,7 +166,7 @@ def test_answers_of_classes(tmp_path):
     head, first, second = written(
         tmp_path, Classification(2), logits_of([0.25, 0.75]), np.array([1, 0]), ["x", "y"], threshold=0.4
     )
-    assert head == ["slide", "seed", "fold", "truth", "p_x", "p_y", "threshold"]
+    assert head == ["patient", "seed", "fold", "truth", "p_x", "p_y", "threshold"]
     assert first == ["b,c", "3", "fold0", "x", "0.750000", "0.250000", "0.4"]
     assert second[:4] == ["a.svs", "3", "fold0", "y"]
 

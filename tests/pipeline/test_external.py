@@ -1,6 +1,7 @@
 """A trained model on labelled slides of others: the threshold is frozen, classes are those of the model."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -88,6 +89,11 @@ def test_the_mean_of_folds_and_of_models(there):
     assert (report.counts, report.exit_code) == ({"done": 16}, 0)
     inner = [load_model(folder) for folder in sorted((there / "models/one").glob("fold*"))]
     assert len(inner) == 2
+    # folds of an earlier call, with more of them, are not of this model
+    shutil.copytree(there / "models/one/fold0", there / "models/one/fold2")
+    assert choose_models("one", there, folds=True).about["training"]["slides"]["train"] == [
+        slide for one in inner for part in ("train", "val") for slide in one.trained_on(part)
+    ]
     bag = Bag.flat(np.load(there / "s03.npy"))
     wanted = np.mean([predict_slide(one, bag).logits.double().softmax(-1).numpy() for one in inner], axis=0)
     row = (there / "predictions/one-folds.csv").read_text().splitlines()[4].split(",")

@@ -647,10 +647,20 @@ def test_every_seed_draws_and_trains_anew(labelled):
     trained = train(labelled.root, labelled.labels, cv=2, seeds=2, epochs=1, **HEAD)
     folds = trained.results["folds"]
     assert [(fold["fold"], fold["seed"]) for fold in folds] == [("fold0", 0), ("fold1", 0), ("fold0", 1), ("fold1", 1)]
-    tests = [fold_about(trained.folder / f"fold0-seed{seed}")["training"]["slides"]["test"] for seed in range(2)]
+    assert [fold["model"] for fold in folds] == ["fold0", "fold1", "fold0-seed1", "fold1-seed1"]
+    tests = [fold_about(trained.folder / name)["training"]["slides"]["test"] for name in ("fold0", "fold0-seed1")]
     assert tests[0] != tests[1]
     alone = train(labelled.root, labelled.labels, cv=2, seed=1, epochs=1, name="alone", **HEAD)
     assert model_bytes_of(alone.folder / "fold1") == model_bytes_of(trained.folder / "fold1-seed1")
+
+
+@pytest.mark.usefixtures("_few_draws")
+def test_more_seeds_leave_the_first_ones_as_they_are(labelled):
+    folder = train(labelled.root, labelled.labels, cv=2, epochs=1, **HEAD).folder
+    before = {name: (folder / name / "model.safetensors").stat().st_mtime_ns for name in ("fold0", "fold1")}
+    train(labelled.root, labelled.labels, cv=2, seeds=2, epochs=1, **HEAD)
+    assert {name: (folder / name / "model.safetensors").stat().st_mtime_ns for name in before} == before
+    assert (folder / "fold1-seed1" / "model.safetensors").exists()
 
 
 @pytest.mark.usefixtures("_few_draws")
