@@ -235,7 +235,7 @@ def words(value: Any) -> str:
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, 2, figsize=(11, 5))
+    figure, axes = pyplot.subplots(1, 2, figsize=(13, 5), layout="constrained")
     for i, name in enumerate(dict.fromkeys(row["head"] for row in rows)):
         style = {"marker": "o", "ms": 3, "color": f"C{i % 7}", "ls": ("-", "--", ":")[i // 7], "label": name}
         for axis, what in zip(axes, ("step s", "step MB"), strict=True):
@@ -244,8 +244,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     for axis, what in zip(axes, ("training step, s", "training step, MB"), strict=True):
         axis.set(xlabel="tiles", ylabel=what)
         axis.grid(alpha=0.3)
-    axes[1].legend(fontsize=7, ncols=2)
-    figure.tight_layout()
+    axes[1].legend(fontsize=9, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(path, dpi=110)
 
 
