@@ -125,9 +125,8 @@ def trials(task: str) -> Iterator[Trial]:
 def coarse_trials() -> Iterator[Trial]:
     for words, cue in CUES.items():
         for k in (K, REGIONS) if words == "visible in some" else (K,):
-            plan = Plan(250, 2, seeds=5 if words == "visible in some" and k == K else 2)
             options = {"levels": 2, "k": k, "instance_weight": 0.0, **SMALL["hagmil"]}
-            yield Trial(f"cue {words}, k = {k}", "hagmil", partial(coarse, cue=cue), plan, options)
+            yield Trial(f"cue {words}, k = {k}", "hagmil", partial(coarse, cue=cue), Plan(250, 4), options)
 
 
 def flat_trials(task: str) -> Iterator[Trial]:

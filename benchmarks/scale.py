@@ -217,7 +217,7 @@ def side_by_side(tiles: int, repeats: int, device: str) -> dict[str, float]:
 
 
 def table(rows: list[dict[str, Any]], sizes: list[int]) -> None:
-    for what in (f"{one} {unit}" for unit in ("s", "MB") for one in PASSES if f"{one} s" in rows[0]):
+    for what in (f"{one} {unit}" for unit in ("s", "MB") for one in PASSES if any(f"{one} s" in row for row in rows)):
         print(f"\n{what:20}" + "".join(f"{n:>10}" for n in sizes) + "     slope")
         for name in dict.fromkeys(row["head"] for row in rows):
             mine = [row for row in rows if row["head"] == name]
