@@ -14,7 +14,7 @@ from heads.tasks import Classification
 DIM, CLASSES = 11, 3
 FLAT = [name for name in list_heads() if load_head(name, DIM, CLASSES).needs.levels == 1]
 VARIANTS = [
-    *((name, {}) for name in FLAT),
+    *((name, {"masked": True} if name == "hipt" else {}) for name in FLAT),  # without a mask regions must be whole
     ("abmil", {"gated": False}),
     ("abmil", {"hidden": None}),
     ("abmil", {"dropout": 0.5}),
@@ -30,7 +30,7 @@ NO_GRADIENT = "w.bias"
 ORDERED = {"iat", "transmil"}  # neighbours in the bag's order are what Nyström attention and convolutions see
 DRAWN = {"dtfd"}  # parts the tiles at random
 POOLED = {"longmil"}  # weighs squares of one to four tiles
-POSITIONAL = {"hatnet"}  # a word's weight is of its place, too
+POSITIONAL = {"hatnet", "hipt", "hvit"}  # a weight is of the place, too; of a class token, tiles are not all that is seen
 
 COMPILER = pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
 
