@@ -41,15 +41,18 @@ class UnknownOption(ValueError):
     """The head has no option of this name."""
 
 
-def load_head(name: str, dim: int, classes: int, preset: str | None = None, **options: Any) -> Head:
+def load_head(name: str, dim: int | None = None, classes: int = 2, preset: str | None = None, **options: Any) -> Head:
     """A new head with random weights (torch's generator draws them: seed it first to get the same ones again).
 
-    preset: options that go by a name, "paper" where ours differ from the print; other options stand above them.
+    dim: features of a tile; a head of pixels needs none. preset: options that go by a name, "paper" where ours differ
+    from the print; other options stand above them.
     """
     build = _outside(name) if ":" in name else _inside(name)
     _refuse_unknown_options(name, build, options)
     options = _preset(name, build, preset) | options
-    head = build(dim, classes, **options)
+    if dim is None and inspect.signature(build).parameters["dim"].default is inspect.Parameter.empty:
+        raise UnknownOption(f"{name} reads features: say how many a tile has, dim=")
+    head = build(**({} if dim is None else {"dim": dim}), classes=classes, **options)
     if not isinstance(head, Head):
         raise TypeError(f"{name} built a {type(head).__name__}, not a heads.Head")
     return head
