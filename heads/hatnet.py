@@ -18,6 +18,12 @@ Stored tiles are laid out as the paper lays out pixels: the box around them is d
 word is the mean of the tiles whose centres lie in it. A region with fewer tiles than words is enlarged, so one tile
 fills several words.
 
+With `cnn` the head reads pixels (`Picture`): the image is divided likewise, each word resized to `word_px` whatever its
+shape, and the network of that name in timm makes its features. It is trained with the rest (`train_cnn=False`: not), a
+few words at a time: they go through it once without a gradient and, when the head has theirs, once more with it, so
+that memory does not grow with the number of words. Its batch norms keep their means. Of the paper's three networks timm
+has two, mobilenetv2_100 and mnasnet_100, both of 1,280 features; ESPNetv2 it has not.
+
 Parameters (width d): d (D + 1) + 12 d² + 13 d + 16 d² + 21 d + 3 (d² + 7 d / 2) + n⁴ + C (d + 1); with `separate_beta`
 2 n⁴ more.
 """
@@ -29,6 +35,7 @@ from torch import Tensor, nn
 
 from .bag import Bag, Prediction, TileScores
 from .head import Head, Needs
+from .picture import MEAN, SD, Pixels
 from .recipe import Recipe
 
 PSI = {
@@ -86,8 +93,8 @@ class HATNet(Head):
 
     def __init__(
         self,
-        dim: int,
-        classes: int,
+        dim: int | None = None,
+        classes: int = 4,
         *,
         side: int = 7,
         width: int = 256,
@@ -98,7 +105,18 @@ class HATNet(Head):
         scope: str = "bag",
         psi: str = "l2",
         separate_beta: bool = False,
+        cnn: str | None = None,
+        cnn_weights: str = "hub",
+        train_cnn: bool = True,
+        word_px: int = 256,
+        at_a_time: int = 16,
     ) -> None:
+        network = None if cnn is None else Words(cnn, cnn_weights, train_cnn, word_px, at_a_time)
+        if network is not None and dim not in (None, network.dim):
+            raise ValueError(f"{cnn} makes {network.dim} features of a word, not {dim}")
+        dim = network.dim if network is not None else dim
+        if dim is None:
+            raise ValueError("hatnet reads features, so dim must be given, or pixels through a network: cnn=")
         super().__init__(
             dim,
             classes,
@@ -111,7 +129,14 @@ class HATNet(Head):
             scope=scope,
             psi=psi,
             separate_beta=separate_beta,
+            cnn=cnn,
+            cnn_weights="random" if cnn_weights != "random" and cnn is not None else cnn_weights,
+            train_cnn=train_cnn,
+            word_px=word_px,
+            at_a_time=at_a_time,
         )
+        self.needs = Needs(grid=network is None, pixels=network is not None)
+        self.cnn = network
         for name, value, known in (("scope", scope, SCOPES), ("psi", psi, tuple(PSI))):
             if value not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, not {value!r}")

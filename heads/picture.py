@@ -2,9 +2,10 @@
 
     picture = Picture.of(array)         # (H, W, 3) uint8
     picture.thumbnail(8)                # (3, H / 8, W / 8) 0..1
-    picture.crops(rows, 128)            # (k, 3, 128, 128) 0..1, rows of the grid of 128 px, counted row by row
+    picture.crops(rows, 128)            # (k, 3, 128, 128) 0..1, places of a grid of 128 px, counted row by row
+    picture.parts(cells, 49, 256)       # (k, 3, 256, 256) 0..1, cells of the image as 49 × 49, whatever its size
 
-What reads from a slide only what it is asked for has the same four things: `size`, `slide`, `thumbnail` and `crops`.
+What reads from a slide only what it is asked for has the same methods (`Pixels`).
 """
 
 from dataclasses import dataclass, replace
@@ -16,6 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .bag import BadBag
+
+MEAN, SD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, by which networks of pixels are normalised
 
 
 class Pixels(Protocol):
@@ -31,6 +34,8 @@ class Pixels(Protocol):
     def thumbnail(self, factor: int) -> Tensor: ...
 
     def crops(self, rows: Tensor, edge: int) -> Tensor: ...
+
+    def parts(self, cells: Tensor, across: int, px: int) -> Tensor: ...
 
     def to(self, device: torch.device | str) -> "Pixels": ...
 
@@ -76,3 +81,13 @@ class Picture:
         across = self.size[1] // edge
         places = zip((rows // across * edge).tolist(), (rows % across * edge).tolist(), strict=True)
         return torch.stack([self.pixels[:, y : y + edge, x : x + edge] for y, x in places]) / 255.0
+
+    def parts(self, cells: Tensor, across: int, px: int) -> Tensor:
+        """(k, 3, px, px) in 0..1: cells of the whole image divided into across × across, counted row by row."""
+        made = []
+        for cell in cells.tolist():
+            bounds = [(i * n // across, -(-(i + 1) * n // across)) for i, n in zip(divmod(cell, across), self.size, strict=True)]
+            (top, bottom), (left, right) = bounds
+            part = self.pixels[None, :, top:bottom, left:right] / 255.0
+            made.append(F.interpolate(part, (px, px), mode="bilinear", antialias=True)[0])
+        return torch.stack(made)

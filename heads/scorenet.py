@@ -30,13 +30,13 @@ from torch import Tensor, nn
 
 from .bag import Prediction, TileScores
 from .head import Head, Needs
-from .picture import Pixels
+from .picture import MEAN, SD, Pixels
 from .recipe import Recipe
 
 WIDTH, HEADS = 96, 4
 SMALLER, PATCH = 8, 16  # the thumbnail's factor, and pixels of a token: a token of the thumbnail is a place of 128 px
 PLACE = SMALLER * PATCH
-MEAN, SD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
+
 SELECTIONS = ("soft", "straight_through")
 
 
