@@ -35,8 +35,9 @@ from torch import Tensor, nn
 
 from .bag import Bag, Prediction, TileScores
 from .head import Head, Needs
-from .picture import MEAN, SD, Pixels
+from .picture import Pixels
 from .recipe import Recipe
+from .words import Words
 
 PSI = {
     "l2": lambda z: z.norm(dim=-1),
@@ -87,7 +88,13 @@ class HATNet(Head):
     needs = Needs(grid=True)
     recipes: ClassVar = {
         "paper": Recipe(
-            weight_decay=4e-6, epochs=100, schedule="step", step_epoch=50, step_factor=0.5, keep="average5", accumulation=8
+            weight_decay=4e-6,
+            epochs=100,
+            schedule="step",
+            step_epoch=50,
+            step_factor=0.5,
+            keep="average5",
+            accumulation=8,
         )
     }
 
@@ -130,13 +137,12 @@ class HATNet(Head):
             psi=psi,
             separate_beta=separate_beta,
             cnn=cnn,
-            cnn_weights="random" if cnn_weights != "random" and cnn is not None else cnn_weights,
+            cnn_weights="random",  # a saved head brings its own
             train_cnn=train_cnn,
             word_px=word_px,
             at_a_time=at_a_time,
         )
         self.needs = Needs(grid=network is None, pixels=network is not None)
-        self.cnn = network
         for name, value, known in (("scope", scope, SCOPES), ("psi", psi, tuple(PSI))):
             if value not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, not {value!r}")
@@ -154,7 +160,11 @@ class HATNet(Head):
 
         self.projection = nn.Linear(dim, width)
         self.drop = nn.Dropout(dropout)
-        self.word_norm, self.word_attention, self.words = nn.LayerNorm(width, eps=1e-6), attention(), forward_(4 * width)
+        self.word_norm, self.word_attention, self.words = (
+            nn.LayerNorm(width, eps=1e-6),
+            attention(),
+            forward_(4 * width),
+        )
         self.bag_norm, self.bag_attention = nn.LayerNorm(width, eps=1e-6), attention()
         self.query_norm, self.context_norm = nn.LayerNorm(width, eps=1e-6), nn.LayerNorm(width)
         self.context_attention, self.bags = attention(), forward_(4 * width)
@@ -166,15 +176,28 @@ class HATNet(Head):
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
+        self.cnn = network
 
-    def forward(self, bag: Bag) -> Prediction:
+    def forward(self, bag: Bag | Pixels) -> Prediction:
         self.check(bag)
+        if not isinstance(bag, Bag):
+            return self.read_picture(bag)
         layout = lay_out(bag.grid[bag.valid], self.options["side"])
         words, there = layout.words(bag.valid_features)
         read = self.read(words, there)
         weight = read.parts["bag_weight"][:, None] * read.parts["word_weight"]
         raw, share = layout.tiles(read.parts["word_energy"].flatten(), weight.flatten())
         tiles = TileScores.place(bag.valid, raw, share)
+        return Prediction(read.logits, read.embedding, (tiles,), read.regions, read.parts)
+
+    def read_picture(self, picture: Pixels) -> Prediction:
+        """The scores of its words stand row by row of the picture, n² in each."""
+        side = self.options["side"]
+        assert self.cnn is not None
+        words = by_bag(self.cnn(picture, side**2), side)
+        read = self.read(words, torch.ones(words.shape[:2], dtype=torch.bool, device=words.device))
+        weight = read.parts["bag_weight"][:, None] * read.parts["word_weight"]
+        tiles = TileScores(by_row(read.parts["word_energy"], side), by_row(weight, side))
         return Prediction(read.logits, read.embedding, (tiles,), read.regions, read.parts)
 
     def read(self, words: Tensor, there: Tensor) -> Prediction:
@@ -223,6 +246,16 @@ def spread(x: Tensor, rows: Tensor, elsewhere: float) -> Tensor:
     return out
 
 
+def by_bag(rows: Tensor, side: int) -> Tensor:
+    """(n⁴, …) row by row of the whole → (n², n², …) by bags and the words in each."""
+    return rows.unflatten(0, (side, side, side, side)).transpose(1, 2).flatten(2, 3).flatten(0, 1)
+
+
+def by_row(words: Tensor, side: int) -> Tensor:
+    """The way back."""
+    return words.unflatten(1, (side, side)).unflatten(0, (side, side)).transpose(1, 2).flatten(0, 3)
+
+
 class Layout(NamedTuple):
     """Which tiles make which words: pairs of them, and the share of the tile in the word."""
 
@@ -230,7 +263,7 @@ class Layout(NamedTuple):
     cell: Tensor  # (P,) bag · n² + word
     share: Tensor  # (P,) of a word they sum to 1
     side: int
-    count: int  # of tiles
+    tiles_total: int
 
     def words(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """(N, D) → (n², n², D), 0 where no tile is, and where one is (n², n²) bool."""
@@ -243,7 +276,7 @@ class Layout(NamedTuple):
     def tiles(self, energy: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Of words (n⁴,) → of tiles (N,): the mean energy of a tile's words; its share of their weights."""
         share = self.share.to(energy)
-        nothing = energy.new_zeros(self.count)
+        nothing = energy.new_zeros(self.tiles_total)
         mean = nothing.index_add(0, self.tile, energy[self.cell] * share) / nothing.index_add(0, self.tile, share)
         return mean, nothing.index_add(0, self.tile, weight[self.cell] * share)
 

@@ -6,13 +6,14 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from .bag import Bag, Prediction
+from .picture import Pixels
 from .recipe import Recipe
 from .tasks import Classification, Task
 
 
 @dataclass(frozen=True)
 class Needs:
-    """What a head asks of a bag: this many levels (1: exactly one, a flat head) and these columns."""
+    """What a head asks of a bag: this many levels (1: exactly one, a flat head) and columns; or pixels instead."""
 
     levels: int = 1
     grid: bool = False
@@ -48,9 +49,18 @@ class Head(nn.Module):
         """What the head is asked unless told otherwise."""
         return Classification(self.classes)
 
-    def check(self, bag: Bag) -> None:
+    def check(self, bag: Bag | Pixels) -> None:
         """The first line of every `forward`: a bag this head was not made for is refused in words."""
-        name, levels = type(self).__name__, len(bag.levels)
+        name = type(self).__name__
+        if not isinstance(bag, Bag):
+            if not self.needs.pixels:
+                raise ValueError(
+                    f"{name} reads features of tiles, this is a picture: make its features with `slidestream run`"
+                )
+            return
+        if self.needs.pixels:
+            raise ValueError(f"{name} reads pixels, this is a bag of features: give it a folder of images")
+        levels = len(bag.levels)
         if self.needs.levels == 1 and levels > 1:
             raise ValueError(
                 f"{name} reads one level, this bag has {levels}: choose one with bag.at(mpp) or bag.finest"

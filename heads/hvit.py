@@ -94,7 +94,7 @@ class RegionTransformer(nn.Module):
         *others, last = self.blocks
         for block in others:
             x = block(x, seen)
-        vector, scores = last.first(x, seen)
+        vector, scores = last.first(x, seen)  # type: ignore[operator]
         return self.norm(vector), scores[..., 1:]
 
     def table(self) -> Tensor:
@@ -130,10 +130,12 @@ class SlideTransformer(nn.Module):
 
 
 class HViT(Head):
-    """side: tiles along a region. threshold: tissue up to which a tile is background. masked: whether that is hidden."""
+    """side: tiles along a region. threshold: tissue up to which a tile is background. masked: is that hidden."""
 
     recipes: ClassVar = {
-        "paper": Recipe(lr=2e-4, epochs=50, patience=50, schedule="step", step_epoch=20, step_factor=0.5, accumulation=32)
+        "paper": Recipe(
+            lr=2e-4, epochs=50, patience=50, schedule="step", step_epoch=20, step_factor=0.5, accumulation=32
+        )
     }
 
     def __init__(
@@ -178,7 +180,10 @@ class HViT(Head):
     def _seen(self, bag: Bag) -> Tensor:
         if self.options["masked"]:
             return bag.valid & (bag.tissue > self.options["threshold"])
-        whole, found = self.options["side"] ** 2, torch.unique(bag.grid // self.options["side"], dim=0, return_counts=True)[1]
+        whole, found = (
+            self.options["side"] ** 2,
+            torch.unique(bag.grid // self.options["side"], dim=0, return_counts=True)[1],
+        )
         if bool((found < whole).any()):
             raise BadBag(
                 f"bag {bag.slide!r} has regions of {int(found.min())} tiles instead of {whole}: without a mask their "

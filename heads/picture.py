@@ -86,7 +86,10 @@ class Picture:
         """(k, 3, px, px) in 0..1: cells of the whole image divided into across × across, counted row by row."""
         made = []
         for cell in cells.tolist():
-            bounds = [(i * n // across, -(-(i + 1) * n // across)) for i, n in zip(divmod(cell, across), self.size, strict=True)]
+            bounds = [
+                (i * n // across, -(-(i + 1) * n // across))
+                for i, n in zip(divmod(cell, across), self.size, strict=True)
+            ]
             (top, bottom), (left, right) = bounds
             part = self.pixels[None, :, top:bottom, left:right] / 255.0
             made.append(F.interpolate(part, (px, px), mode="bilinear", antialias=True)[0])

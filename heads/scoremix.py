@@ -7,8 +7,8 @@ Stegmüller et al., WACV 2023 (arXiv 2202.07570). For images with a map each, on
     loss = λ loss(target's label) + (1 - λ) loss(source's label)
 
 complement, of the sums S over all positions of the box: "range-shift", max S - S, as the released code has it, or
-"one-minus-p", 1 - S / ΣS, as the paper says, which of more than a few positions makes all but equal chances. What differs
-from the code: it draws boxes that are never taller than wide, here the sides change places half of the time.
+"one-minus-p", 1 - S / ΣS, as the paper says, which of more than a few positions makes all but equal chances. What
+differs from the code: it draws boxes that are never taller than wide, here the sides change places half of the time.
 
     mixed = mix(target, source, target_map, source_map, edge=128)
     loss = mixed.loss(head, head(Picture(mixed.pixels)), label, other_label)

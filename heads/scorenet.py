@@ -19,8 +19,8 @@ What differs from the paper's print: the encoder's MLP has four times the width,
 released code: k is k, and not a tenth of the places; the gradient is whole, not its diagonal; the weights of the heads
 are a softmax; tokens keep their own value beside the convolution that tells places; hard and soft rows have one order.
 
-Parameters: 2 · 673,248 for the ViT-tinies, 446,400 for the encoder, 4: 1,792,900; and the classifier's 128 (96 (x + y) +
-1) + C 129.
+Parameters: 2 · 673,248 for the ViT-tinies, 446,400 for the encoder, 4: 1,792,900; and the classifier's 128 (96 (x + y)
++ 1) + C 129.
 """
 
 from typing import Any, ClassVar
@@ -28,7 +28,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from .bag import Prediction, TileScores
+from .bag import Bag, Prediction, TileScores
 from .head import Head, Needs
 from .picture import MEAN, SD, Pixels
 from .recipe import Recipe
@@ -136,7 +136,7 @@ class PerturbedTopK(torch.autograd.Function):
 
 
 class ScoreNet(Head):
-    """k: places looked at in full. tokens: class tokens of the scorer and of the encoder. draws, sigma: of the noise."""
+    """k: places looked at in full. tokens: class tokens of the scorer and of the encoder. draws, sigma: the noise."""
 
     needs = Needs(pixels=True)
     mean: Tensor
@@ -159,9 +159,9 @@ class ScoreNet(Head):
         sigma: float = 1e-3,
         selection: str = "soft",
     ) -> None:
-        super().__init__(
-            dim, classes, k=k, tokens=list(tokens), draws=draws, sigma=sigma, selection=selection
-        )
+        super().__init__(dim, classes, k=k, tokens=list(tokens), draws=draws, sigma=sigma, selection=selection)
+        if dim != 3:
+            raise ValueError(f"ScoreNet reads the three colours of pixels, not {dim} features")
         if selection not in SELECTIONS:
             raise ValueError(f"selection must be one of {', '.join(SELECTIONS)}, not {selection!r}")
         if k < 1 or draws < 1 or sigma <= 0:
@@ -176,7 +176,9 @@ class ScoreNet(Head):
         self.register_buffer("mean", torch.tensor(MEAN)[:, None, None], persistent=False)
         self.register_buffer("sd", torch.tensor(SD)[:, None, None], persistent=False)
 
-    def forward(self, picture: Pixels) -> Prediction:  # type: ignore[override]
+    def forward(self, picture: Bag | Pixels) -> Prediction:
+        self.check(picture)
+        assert not isinstance(picture, Bag)
         share, tokens, across = self.score(picture.thumbnail(SMALLER))
         chosen = share.detach().topk(min(self.options["k"], len(share))).indices.sort().values
         looked = self._looked_at(picture, share, chosen) if self.training else picture.crops(chosen, PLACE)
@@ -199,7 +201,7 @@ class ScoreNet(Head):
     def _looked_at(self, picture: Pixels, share: Tensor, chosen: Tensor) -> Tensor:
         """Mixtures of all places, so that a gradient tells which of them should have been chosen."""
         noise = torch.randn(self.options["draws"], len(share), device=share.device)
-        rows: Tensor = PerturbedTopK.apply(share, noise, len(chosen), self.options["sigma"])  # type: ignore[no-untyped-call]
+        rows: Tensor = PerturbedTopK.apply(share, noise, len(chosen), self.options["sigma"])
         if self.options["selection"] == "straight_through":
             hard = torch.zeros_like(rows).scatter(1, chosen[:, None], 1.0)
             rows = hard + rows - rows.detach()

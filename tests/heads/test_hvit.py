@@ -179,7 +179,7 @@ def test_a_smaller_table_of_places_is_enlarged():
 def test_without_a_mask_a_region_must_be_whole():
     given = bag(tissue=1.0)
     part = Bag.flat(given.features[1:], grid=given.grid[1:])
-    with pytest.raises(BadBag, match="regions of 15 tiles instead of 16.*--preset hvit"):
+    with pytest.raises(BadBag, match=r"regions of 15 tiles instead of 16.*--preset hvit"):
         make(masked=False)(part)
     assert make("hipt")(Bag.flat(given.features, grid=given.grid)).logits.isfinite().all()
 

@@ -26,7 +26,7 @@ def state(head) -> torch.Tensor:
 
 @pytest.mark.parametrize("name", list_heads())
 def test_recipes_of_papers_can_be_used(name):
-    recipes = load_head(name, 8, 2).recipes
+    recipes = load_head(name, 3, 2).recipes
     assert all(isinstance(recipe, Recipe) for recipe in recipes.values())
     assert ("paper" in recipes) == (name not in {"mean", "max"})
 
@@ -36,6 +36,12 @@ def test_a_paper_trains(name):
     head, (some, labels) = load_head(name, 3, 2), bags()
     history = fit(head, some, labels, recipe=head.recipes["paper"], epochs=2, keep_from=0, validation=(some, labels))
     assert len(history.train_loss) == 2
+
+
+def test_sgd_has_a_momentum():
+    got = Recipe(optimizer="sgd", lr=0.3, momentum=0.9).make_optimizer(make().parameters())
+    assert type(got) is torch.optim.SGD
+    assert (got.param_groups[0]["lr"], got.param_groups[0]["momentum"]) == (0.3, 0.9)
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "adamw", "radam"])
@@ -162,7 +168,7 @@ def test_a_head_with_another_number_of_outputs_is_refused():
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"optimizer": "sgd"}, "one of adam, adamw, radam, not 'sgd'"),
+        ({"optimizer": "lamb"}, "one of adam, adamw, radam, sgd, not 'lamb'"),
         ({"schedule": "linear"}, "one of constant, cosine, step"),
         ({"keep": "worst"}, "one of best, last, average5"),
         ({"epochs": 0}, "epochs must be at least 1"),

@@ -27,8 +27,10 @@ def test_pixels_are_the_targets_outside_the_box_and_the_sources_inside(sizes):
         maps = torch.rand(rows, columns, generator=given), torch.rand(other, generator=given)
         mixed = mix(image(rows, columns, 7), source, *maps, edge=EDGE, generator=given)
         (top, left), (y, x), (height, width) = mixed.put, mixed.cut, mixed.box
-        assert 0 <= top <= rows - height and 0 <= left <= columns - width
-        assert 0 <= y <= other[0] - height and 0 <= x <= other[1] - width
+        assert 0 <= top <= rows - height
+        assert 0 <= left <= columns - width
+        assert 0 <= y <= other[0] - height
+        assert 0 <= x <= other[1] - width
         inside = torch.zeros(rows * EDGE, columns * EDGE, dtype=torch.bool)
         inside[top * EDGE : (top + height) * EDGE, left * EDGE : (left + width) * EDGE] = True
         assert (mixed.pixels[:, ~inside] == 7).all()
@@ -65,7 +67,8 @@ def test_the_papers_complement_hardly_chooses():
     share = torch.randn(12 * 15, generator=generator()).softmax(0)
     assert entropy(chances(share.unflatten(0, (12, 15)), "one-minus-p")) > 0.99999
     shifted = [
-        entropy(chances(torch.randn(180, generator=generator(seed)).softmax(0)[None], "range-shift")) for seed in range(9)
+        entropy(chances(torch.randn(180, generator=generator(seed)).softmax(0)[None], "range-shift"))
+        for seed in range(9)
     ]
     assert max(shifted) < 0.9999
 
