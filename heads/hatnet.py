@@ -31,11 +31,13 @@ Parameters (width d): d (D + 1) + 12 d² + 13 d + 16 d² + 21 d + 3 (d² + 7 d /
 from typing import ClassVar, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .augment import turns
 from .bag import Bag, Prediction, TileScores
 from .head import Head, Needs
-from .picture import Pixels
+from .picture import Picture, Pixels
 from .recipe import Recipe
 from .words import Words
 
@@ -86,15 +88,19 @@ class HATNet(Head):
     mean. separate_beta: a matrix for the words after attention, one for those before and one for the bags."""
 
     needs = Needs(grid=True)
+    presets: ClassVar = {"paper": {"vary": 0.25}}
     recipes: ClassVar = {
         "paper": Recipe(
             weight_decay=4e-6,
-            epochs=100,
+            eps=1e-9,
+            epochs=104,
+            warmup_epochs=4,
             schedule="step",
             step_epoch=50,
             step_factor=0.5,
             keep="average5",
             accumulation=8,
+            augment=True,
         )
     }
 
@@ -116,9 +122,10 @@ class HATNet(Head):
         cnn_weights: str = "hub",
         train_cnn: bool = True,
         word_px: int = 256,
+        vary: float = 0.0,
         at_a_time: int = 16,
     ) -> None:
-        network = None if cnn is None else Words(cnn, cnn_weights, train_cnn, word_px, at_a_time)
+        network = None if cnn is None else Words(cnn, cnn_weights, train_cnn, word_px, at_a_time, vary)
         if network is not None and dim not in (None, network.dim):
             raise ValueError(f"{cnn} makes {network.dim} features of a word, not {dim}")
         dim = network.dim if network is not None else dim
@@ -140,6 +147,7 @@ class HATNet(Head):
             cnn_weights="random",  # a saved head brings its own
             train_cnn=train_cnn,
             word_px=word_px,
+            vary=vary,
             at_a_time=at_a_time,
         )
         self.needs = Needs(grid=network is None, pixels=network is not None)
@@ -199,6 +207,15 @@ class HATNet(Head):
         weight = read.parts["bag_weight"][:, None] * read.parts["word_weight"]
         tiles = TileScores(by_row(read.parts["word_energy"], side), by_row(weight, side))
         return Prediction(read.logits, read.embedding, (tiles,), read.regions, read.parts)
+
+    def augment(self, picture: Picture) -> Picture:
+        return turns(picture)
+
+    @torch.no_grad()
+    def attention_map(self, picture: Pixels, edge: int) -> Tensor:
+        """Of its words' weights, spread over the places."""
+        words = self.read_picture(picture).tiles[0].weight.unflatten(0, (self.options["side"] ** 2, -1))
+        return F.interpolate(words[None, None], [side // edge for side in picture.size], mode="area")[0, 0]
 
     def read(self, words: Tensor, there: Tensor) -> Prediction:
         """Words (n², n², D), there (n², n²) bool: bags, and words in each, row by row. Scores of the bags as `regions`;

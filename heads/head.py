@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from .bag import Bag, Prediction
-from .picture import Pixels
+from .picture import Picture, Pixels
 from .recipe import Recipe
 from .tasks import Classification, Task
 
@@ -43,6 +43,14 @@ class Head(nn.Module):
     def loss(self, prediction: Prediction, target: Any, task: Task | None = None) -> Tensor:
         """Of one bag, a scalar; by default the target is one class and the loss cross-entropy."""
         return (task or self.task).loss(prediction.logits, target)
+
+    def augment(self, picture: Picture) -> Picture:
+        """A picture as it might have been, for training; draws from torch's generator."""
+        raise ValueError(f"{type(self).__name__} has no augmentation of pictures")
+
+    def attention_map(self, picture: Pixels, edge: int) -> Tensor:
+        """(rows, columns): what it makes of places of edge × edge pixels, of a picture of whole places."""
+        raise ValueError(f"{type(self).__name__} has no map of a picture")
 
     @property
     def task(self) -> Task:

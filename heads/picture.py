@@ -24,11 +24,18 @@ MEAN, SD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, by which 
 class Pixels(Protocol):
     """What a head of pixels asks of an image."""
 
-    slide: str
+    @property
+    def slide(self) -> str:
+        """Its name."""
+        ...
 
     @property
     def size(self) -> tuple[int, int]:
         """Height and width, pixels."""
+        ...
+
+    def trimmed(self, edge: int) -> "Pixels":
+        """Without what does not fill a multiple of `edge` pixels at the right and below. BadBag if that is all."""
         ...
 
     def thumbnail(self, factor: int) -> Tensor: ...
@@ -42,22 +49,18 @@ class Pixels(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Picture:
-    """In memory. What does not fill a multiple of `edge` pixels at the right and below is left out."""
+    """In memory."""
 
     pixels: Tensor  # (3, H, W) uint8
     slide: str = ""
-    edge: int = 128
 
     @classmethod
-    def of(cls, image: np.ndarray | Tensor, slide: str = "", edge: int = 128) -> "Picture":
-        """(H, W, 3) uint8. BadBag for anything else, or one smaller than `edge`."""
+    def of(cls, image: np.ndarray | Tensor, slide: str = "") -> "Picture":
+        """(H, W, 3) uint8. BadBag for anything else."""
         array = torch.as_tensor(image)
         if array.ndim != 3 or array.shape[2] != 3 or array.dtype != torch.uint8:
             raise BadBag(f"image {slide!r} must be (H, W, 3) uint8, not {tuple(array.shape)} {array.dtype}")
-        height, width = (n // edge * edge for n in array.shape[:2])
-        if not height or not width:
-            raise BadBag(f"image {slide!r} of {array.shape[1]} × {array.shape[0]} px holds no place of {edge} px")
-        return cls(array[:height, :width].permute(2, 0, 1).contiguous(), slide, edge)
+        return cls(array.permute(2, 0, 1).contiguous(), slide)
 
     @property
     def size(self) -> tuple[int, int]:
@@ -67,15 +70,24 @@ class Picture:
     def device(self) -> torch.device:
         return self.pixels.device
 
+    def of_pixels(self, pixels: Tensor) -> "Picture":
+        """Others under the same name."""
+        return replace(self, pixels=pixels)
+
+    def trimmed(self, edge: int) -> "Picture":
+        height, width = trimmed(self, edge)
+        return self.of_pixels(self.pixels[:, :height, :width])
+
     def to(self, device: torch.device | str) -> "Picture":
         return self if self.device == torch.device(device) else replace(self, pixels=self.pixels.to(device))
 
+    @property
+    def nbytes(self) -> int:
+        return self.pixels.nbytes
+
     def thumbnail(self, factor: int) -> Tensor:
-        """Bicubic with antialiasing."""
-        height, width = self.size
-        whole = self.pixels[None] / 255.0
-        small = F.interpolate(whole, (height // factor, width // factor), mode="bicubic", antialias=True)
-        return small[0].clamp(0, 1)
+        """Means of factor × factor pixels, as coarse tiles of a slide are."""
+        return F.avg_pool2d(self.pixels.float(), factor) / 255.0
 
     def crops(self, rows: Tensor, edge: int) -> Tensor:
         across = self.size[1] // edge
@@ -86,11 +98,29 @@ class Picture:
         """(k, 3, px, px) in 0..1: cells of the whole image divided into across × across, counted row by row."""
         made = []
         for cell in cells.tolist():
-            bounds = [
-                (i * n // across, -(-(i + 1) * n // across))
-                for i, n in zip(divmod(cell, across), self.size, strict=True)
-            ]
-            (top, bottom), (left, right) = bounds
-            part = self.pixels[None, :, top:bottom, left:right] / 255.0
-            made.append(F.interpolate(part, (px, px), mode="bilinear", antialias=True)[0])
+            top, bottom, left, right = cell_of(cell, across, self.size)
+            made.append(resized(self.pixels[:, top:bottom, left:right] / 255.0, px))
         return torch.stack(made)
+
+
+def trimmed(picture: Pixels, edge: int) -> tuple[int, int]:
+    """The height and width that are left."""
+    height, width = (side // edge * edge for side in picture.size)
+    if not height or not width:
+        across, down = picture.size[::-1]
+        raise BadBag(f"image {picture.slide!r} of {across} × {down} px holds no place of {edge} px")
+    return height, width
+
+
+def cell_of(cell: int, across: int, size: tuple[int, int]) -> tuple[int, int, int, int]:
+    """top, bottom, left, right in whole pixels, those that are cut included."""
+    row, column = divmod(cell, across)
+    height, width = size
+    top, bottom = row * height // across, -(-(row + 1) * height // across)
+    left, right = column * width // across, -(-(column + 1) * width // across)
+    return top, bottom, left, right
+
+
+def resized(image: Tensor, px: int) -> Tensor:
+    """(3, h, w) → (3, px, px), whatever its shape."""
+    return F.interpolate(image[None], (px, px), mode="bilinear", antialias=True)[0]

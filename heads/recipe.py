@@ -12,7 +12,7 @@ OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
     "radam": torch.optim.RAdam,
     "sgd": torch.optim.SGD,
 }
-SCHEDULES, KEEP = ("constant", "cosine", "step"), ("best", "last", "average5")
+SCHEDULES, KEEP, MIXES = ("constant", "cosine", "step"), ("best", "last", "average5"), ("none", "scoremix")
 
 
 @dataclass(frozen=True)
@@ -37,29 +37,46 @@ class Recipe:
     accumulation: int = 1  # bags a step
     clip: float | None = None  # largest norm of the gradient
     class_weights: bool = True  # rare classes count as much as frequent ones
+    eps: float = 1e-8  # of Adam and its kin
+    warmup_epochs: int = 0  # before the schedule begins, in which the rate rises to lr from a thousandth of it
+    augment: bool = False  # of heads of pixels: each picture as the head's `augment` makes it
+    mix: str = "none"  # of heads of pixels: half of the pictures have a box of another (heads/scoremix.py)
 
     def __post_init__(self) -> None:
-        for name, known in (("optimizer", OPTIMIZERS), ("schedule", SCHEDULES), ("keep", KEEP)):
+        for name, known in (("optimizer", OPTIMIZERS), ("schedule", SCHEDULES), ("keep", KEEP), ("mix", MIXES)):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, not {getattr(self, name)!r}")
         for name in ("epochs", "patience", "accumulation"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if not 0 <= self.warmup_epochs < self.epochs:
+            raise ValueError(f"warmup_epochs must be fewer than the {self.epochs} epochs, not {self.warmup_epochs}")
         if not 0 <= self.keep_from < self.epochs:
             raise ValueError(f"keep_from must be one of the {self.epochs} epochs, not {self.keep_from}")
 
     def make_optimizer(self, parameters: Any) -> torch.optim.Optimizer:
-        own: dict[str, Any] = {"momentum": self.momentum} if self.optimizer == "sgd" else {"betas": self.betas}
+        own: dict[str, Any] = (
+            {"momentum": self.momentum} if self.optimizer == "sgd" else {"betas": self.betas, "eps": self.eps}
+        )
         if self.optimizer != "radam":  # which has it not
             own["fused"] = True  # in one pass over the weights: a quarter of the time of a step on a small bag
         return OPTIMIZERS[self.optimizer](parameters, lr=self.lr, weight_decay=self.weight_decay, **own)  # type: ignore[call-arg]
 
     def make_schedule(self, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
         """To be stepped once after each epoch."""
+        from torch.optim.lr_scheduler import LinearLR, SequentialLR
+
+        after = self._after_warmup(optimizer)
+        if not self.warmup_epochs:
+            return after
+        rising = LinearLR(optimizer, start_factor=1e-3, total_iters=self.warmup_epochs)
+        return SequentialLR(optimizer, [rising, after], [self.warmup_epochs])
+
+    def _after_warmup(self, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
         from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR, MultiStepLR
 
         if self.schedule == "cosine":
-            return CosineAnnealingLR(optimizer, self.epochs, self.final_lr)
+            return CosineAnnealingLR(optimizer, self.epochs - self.warmup_epochs, self.final_lr)
         if self.schedule == "step":
             return MultiStepLR(optimizer, [self.step_epoch], self.step_factor)
         return ConstantLR(optimizer, factor=1.0)

@@ -15,6 +15,8 @@ differs from the code: it draws boxes that are never taller than wide, here the 
 """
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -23,6 +25,7 @@ from torch import Tensor
 
 from .bag import Prediction
 from .head import Head
+from .picture import Picture
 from .tasks import Task
 
 COMPLEMENTS = ("range-shift", "one-minus-p")
@@ -41,6 +44,38 @@ class Mixed(NamedTuple):
         """Of the label of the target image and that of the source."""
         own, other = (head.loss(prediction, label, task) for label in (target, source))
         return self.share * own + (1 - self.share) * other
+
+
+@dataclass(frozen=True)
+class ScoreMix:
+    """A step on a picture of `pictures` that has, with this probability, a box of another one of them.
+
+    The maps are those of the head itself at this moment (`attention_map`), without dropout. Random numbers are those of
+    torch's generator, on the CPU.
+    """
+
+    probability: float = 0.5
+    edge: int = 128
+    complement: str = "range-shift"
+
+    def loss(self, head: Head, pictures: Sequence[Picture], targets: Any, i: int, task: Task) -> Tensor:
+        device = next(head.parameters()).device
+        own = pictures[i].to(device)
+        if float(torch.rand(())) >= self.probability or len(pictures) < 2:
+            return head.loss(head(own), targets[i], task)
+        j = (i + 1 + int(torch.randint(len(pictures) - 1, ()))) % len(pictures)
+        own, other = own.trimmed(self.edge), pictures[j].to(device).trimmed(self.edge)
+        maps = [self._map(head, picture) for picture in (own, other)]
+        mixed = mix(own.pixels, other.pixels, *maps, edge=self.edge, complement=self.complement)
+        return mixed.loss(head, head(own.of_pixels(mixed.pixels)), targets[i], targets[j], task)
+
+    def _map(self, head: Head, picture: Picture) -> Tensor:
+        training = head.training
+        head.eval()
+        try:
+            return head.attention_map(picture, self.edge)
+        finally:
+            head.train(training)
 
 
 def mix(

@@ -28,9 +28,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from .augment import colours
 from .bag import Bag, Prediction, TileScores
 from .head import Head, Needs
-from .picture import MEAN, SD, Pixels
+from .picture import MEAN, SD, Picture, Pixels
 from .recipe import Recipe
 
 WIDTH, HEADS = 96, 4
@@ -179,12 +180,18 @@ class ScoreNet(Head):
     def forward(self, picture: Bag | Pixels) -> Prediction:
         self.check(picture)
         assert not isinstance(picture, Bag)
+        picture = picture.trimmed(PLACE)
         share, tokens, across = self.score(picture.thumbnail(SMALLER))
         chosen = share.detach().topk(min(self.options["k"], len(share))).indices.sort().values
         looked = self._looked_at(picture, share, chosen) if self.training else picture.crops(chosen, PLACE)
         z = torch.cat([tokens, self.aggregate(looked)])
         parts = {"chosen": chosen, "across": torch.tensor(across)}
-        return Prediction(self.classifier(z), z, (TileScores(share.log(), share),), parts=parts)
+        return Prediction(
+            self.classifier(z),
+            z,
+            (TileScores(share.clamp(min=torch.finfo(share.dtype).tiny).log(), share),),
+            parts=parts,
+        )
 
     def score(self, thumbnail: Tensor) -> tuple[Tensor, Tensor, int]:
         """(3, h, w) in 0..1 → the places' shares (h w / 256,), row by row; (96 x,); how many places lie in a row."""
@@ -192,6 +199,16 @@ class ScoreNet(Head):
         tokens, scores = self.scorer.class_tokens(x, self.options["tokens"][0])
         share = self.mixture.softmax(0) @ scores[0].softmax(-1)
         return share, tokens[0], thumbnail.shape[2] // PATCH
+
+    def augment(self, picture: Picture) -> Picture:
+        return colours(picture)
+
+    @torch.no_grad()
+    def attention_map(self, picture: Pixels, edge: int) -> Tensor:
+        if edge != PLACE:
+            raise ValueError(f"ScoreNet's map is of places of {PLACE} px, not {edge}")
+        share, _, across = self.score(picture.thumbnail(SMALLER))
+        return share.unflatten(0, (-1, across))
 
     def aggregate(self, places: Tensor) -> Tensor:
         """(k, 3, 128, 128) in 0..1, in any order → (96 y,)."""

@@ -23,6 +23,7 @@ from torch import Tensor
 from .bag import Bag
 from .head import Head
 from .recipe import Lookahead, Recipe, mean_of
+from .scoremix import ScoreMix
 from .tasks import Classification, Task
 
 Labels = Sequence[int] | np.ndarray
@@ -67,10 +68,11 @@ def fit(
     validation_loss: list[float] = []
     kept = _Kept(recipe)
 
+    loss_of = _step(head, bags, targets, task, recipe)
     with dropout_seed(seed, device):
         for epoch in range(recipe.epochs):
             batches = torch.randperm(len(bags), generator=shuffle).split(recipe.accumulation)
-            train_loss.append(train_epoch(head, bags, targets, batches, optimizer, task, recipe.clip, slow))
+            train_loss.append(train_epoch(head, loss_of, batches, optimizer, recipe.clip, slow))
             schedule.step()
             if held_out is not None:
                 validation_loss.append(mean_loss(head, *held_out, task))
@@ -137,30 +139,54 @@ def _checked(task: Task, targets: Any, count: int) -> Any:
     return targets
 
 
+@dataclass(frozen=True)
+class Augmented(Sequence[Any]):
+    """Pictures, each time they are asked for as the head would have them for training."""
+
+    head: Head
+    pictures: Sequence[Any]
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.head.augment(self.pictures[index])
+
+
+def _step(head: Head, bags: Sequence[Any], targets: Any, task: Task, recipe: Recipe) -> Callable[[int], Tensor]:
+    """Row → the loss of a training step on it."""
+    if (recipe.augment or recipe.mix != "none") and not head.needs.pixels:
+        raise ValueError(f"{type(head).__name__} reads features: augment and mix are for heads of pixels")
+    seen = Augmented(head, bags) if recipe.augment else bags
+    if recipe.mix == "none":
+        return lambda i: bag_loss(head, seen, targets, i, task)
+    mixing = ScoreMix()
+    return lambda i: finite(mixing.loss(head, seen, targets, i, task), i, bags[i])
+
+
 def train_epoch(
     head: Head,
-    bags: Sequence[Bag],
-    targets: Any,
+    loss_of: Callable[[int], Tensor],
     batches: Sequence[Tensor],
     optimizer: torch.optim.Optimizer,
-    task: Task,
     clip: float | None,
     slow: Lookahead,
 ) -> float:
     """The mean loss over the bags, each taken before the step it led to."""
     head.train()
-    total = 0.0
+    total, count = 0.0, 0
     for batch in batches:
         optimizer.zero_grad()
         for i in batch.tolist():
-            loss = bag_loss(head, bags, targets, i, task)
+            loss = loss_of(i)
             (loss / len(batch)).backward()
             total += loss.item()
+            count += 1
         if clip is not None:
             torch.nn.utils.clip_grad_norm_(head.parameters(), clip)
         optimizer.step()
         slow.step()
-    return total / len(bags)
+    return total / count
 
 
 @torch.no_grad()

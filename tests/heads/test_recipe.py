@@ -178,3 +178,16 @@ def test_a_head_with_another_number_of_outputs_is_refused():
 def test_impossible_recipes_are_refused(changes, words):
     with pytest.raises(ValueError, match=words):
         Recipe(**changes)
+
+
+def test_the_rate_rises_before_the_schedule_begins():
+    recipe = Recipe(lr=1.0, warmup_epochs=2, schedule="step", step_epoch=2, step_factor=0.5, epochs=6)
+    optimizer = recipe.make_optimizer(make().parameters())
+    schedule, rates = recipe.make_schedule(optimizer), []
+    for _ in range(6):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    assert rates == pytest.approx([0.001, 0.5005, 1.0, 1.0, 0.5, 0.5])
+    with pytest.raises(ValueError, match="fewer than the 6 epochs"):
+        Recipe(epochs=6, warmup_epochs=6)

@@ -1,11 +1,13 @@
 import math
 
+import numpy as np
 import pytest
 import torch
 
-from heads import load_head
+from heads import Bag, load_head
 from heads.picture import Picture
-from heads.scoremix import box_sums, chances, draw_box, mix
+from heads.scoremix import Mixed, ScoreMix, box_sums, chances, draw_box, mix
+from heads.train import fit
 
 EDGE = 4
 
@@ -104,3 +106,54 @@ def test_what_does_not_fit_is_refused():
         mix(image(3, 3, 0), image(3, 3, 0), torch.ones(3, 4), torch.ones(3, 3), edge=EDGE)
     with pytest.raises(ValueError, match="complement must be one of"):
         mix(image(3, 3, 0), image(3, 3, 0), torch.ones(3, 3), torch.ones(3, 3), edge=EDGE, complement="none")
+
+
+def labelled(count: int = 8) -> tuple[list[Picture], np.ndarray]:
+    """Of class 1 are those with a dark place."""
+    random, pictures, labels = np.random.default_rng(0), [], np.arange(count) % 2
+    for label in labels:
+        pixels = random.integers(150, 255, (256, 256, 3), dtype=np.uint8)
+        if label:
+            y, x = 128 * random.integers(2, size=2)
+            pixels[y : y + 128, x : x + 128] //= 4
+        pictures.append(Picture.of(pixels))
+    return pictures, labels
+
+
+@pytest.mark.parametrize("name", ["scorenet", "hatnet"])
+def test_any_head_of_pixels_trains_on_mixed_pictures(name):
+    options = {"scorenet": {"k": 2, "draws": 10}, "hatnet": {"side": 2, "cnn": "test_efficientnet", "word_px": 32}}[
+        name
+    ]
+    if name == "hatnet":
+        options |= {"cnn_weights": "random", "width": 16, "heads": 2}
+    runs = []
+    for mix_ in ("scoremix", "scoremix", "none"):
+        torch.manual_seed(0)
+        head = load_head(name, classes=2, **options)
+        history = fit(head, *labelled(), epochs=2, mix=mix_, augment=True, validation=labelled(), seed=3)
+        runs.append(history.train_loss)
+    assert runs[0] == runs[1]
+    assert runs[0] != runs[2]
+
+
+def test_half_of_the_steps_are_on_mixed_pictures_and_their_loss_is_of_both_labels(monkeypatch):
+    pictures, labels = labelled()
+    torch.manual_seed(0)
+    head = load_head("scorenet", classes=2, k=2, draws=10).train()
+    shares = []
+    inner = Mixed.loss
+    monkeypatch.setattr(Mixed, "loss", lambda self, *rest: shares.append(self.share) or inner(self, *rest))
+    for i in range(100):
+        ScoreMix().loss(head, pictures, torch.from_numpy(labels), i % 8, head.task)
+    assert 30 < len(shares) < 70
+    assert all(0 <= share <= 0.75 for share in shares)
+    assert head.training
+
+
+def test_heads_of_features_are_not_mixed():
+    head = load_head("mean", 3, 2)
+    bags = [Bag.flat(np.zeros((2, 3)))] * 2
+    for changes in ({"mix": "scoremix"}, {"augment": True}):
+        with pytest.raises(ValueError, match="reads features: augment and mix are for heads of pixels"):
+            fit(head, bags, [0, 1], epochs=1, **changes)

@@ -15,7 +15,7 @@ CNN, SIDE = "test_efficientnet", 2  # the smallest of timm, with batch norms
 
 def picture(height: int = 96, width: int = 128, seed: int = 0) -> Picture:
     random = np.random.default_rng(seed)
-    return Picture.of(random.integers(0, 256, (height, width, 3), dtype=np.uint8), edge=1)
+    return Picture.of(random.integers(0, 256, (height, width, 3), dtype=np.uint8))
 
 
 def make(**options):
@@ -40,7 +40,7 @@ def test_a_word_has_the_pixels_of_its_cell():
     """Cells of one colour each, of an image that is no multiple of anything."""
     colours = torch.randint(0, 256, (4, 4, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     image = colours.repeat_interleave(25, 0).repeat_interleave(30, 1)
-    parts = Picture.of(image, edge=1).parts(torch.arange(16), 4, 8)
+    parts = Picture.of(image).parts(torch.arange(16), 4, 8)
     assert parts.shape == (16, 3, 8, 8)
     expected = (colours.flatten(0, 1) / 255.0)[..., None, None].expand(-1, -1, 8, 8)
     torch.testing.assert_close(parts, expected, atol=1e-6, rtol=0)
@@ -50,7 +50,7 @@ def test_the_gradient_is_that_of_all_words_at_once():
     head, some = make(dropout=0.0, coefficient_dropout=0.0, attention_dropout=0.0).train(), picture()
     head.cnn.at_a_time = SIDE**4
     naive = make(dropout=0.0, coefficient_dropout=0.0, attention_dropout=0.0).train()
-    naive.cnn.forward = lambda one, across: naive.cnn.read(one, torch.arange(across**2), across)
+    naive.cnn.forward = lambda one, across: naive.cnn.read(one, torch.arange(across**2), across, 32)
     whole = gradients(naive, some)
     assert any(name.startswith("cnn.") for name in whole)
     for at_a_time in (1, 3, SIDE**4):
@@ -72,6 +72,19 @@ def test_between_the_passes_only_the_places_of_words_are_kept():
         return sum(sizes)
 
     assert (waiting(2, 4), waiting(3, 4)) == (8 * 2**4, 8 * 3**4)
+
+
+def test_words_of_training_vary_in_size_and_those_of_use_do_not(monkeypatch):
+    head, sizes = make(vary=0.25, word_px=256), set()
+    monkeypatch.setattr(
+        head.cnn, "read", lambda picture, cells, across, px: sizes.add(px) or torch.zeros(len(cells), 1)
+    )
+    for _ in range(40):
+        head.train().cnn(picture(), 2)
+    assert sizes == {192, 224, 256, 288, 320}
+    sizes.clear()
+    head.eval().cnn(picture(), 2)
+    assert sizes == {256}
 
 
 def test_every_weight_of_the_network_gets_a_gradient_and_batch_norms_keep_their_means():
@@ -96,7 +109,7 @@ def test_scores_of_words_stand_where_the_words_are():
     other = plain.copy()
     other[40:50, 70:80] = (90, 0, 120)  # row 4, column 7 of 9 × 9
     with torch.no_grad():
-        a, b = (head(Picture.of(image, edge=1)).tiles[0] for image in (plain, other))
+        a, b = (head(Picture.of(image)).tiles[0] for image in (plain, other))
     assert a.weight.shape == (81,)
     torch.testing.assert_close(b.weight.sum(), torch.tensor(1.0))
     assert int((a.raw - b.raw).abs().argmax()) == 4 * 9 + 7
