@@ -30,6 +30,7 @@ __all__ = [
     "UnknownOption",
     "list_heads",
     "load_head",
+    "reads_pixels",
 ]
 
 
@@ -56,6 +57,13 @@ def load_head(name: str, dim: int | None = None, classes: int = 2, preset: str |
     if not isinstance(head, Head):
         raise TypeError(f"{name} built a {type(head).__name__}, not a heads.Head")
     return head
+
+
+def reads_pixels(name: str, **options: Any) -> bool:
+    """Whether the head, with these options, reads pictures and no features."""
+    build = _outside(name) if ":" in name else _inside(name)
+    asked = getattr(build, "reads_pixels", None)
+    return asked is not None and bool(asked(options))
 
 
 def list_heads() -> list[str]:

@@ -28,7 +28,7 @@ Parameters (width d): d (D + 1) + 12 d² + 13 d + 16 d² + 21 d + 3 (d² + 7 d /
 2 n⁴ more.
 """
 
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -177,14 +177,18 @@ class HATNet(Head):
         self.query_norm, self.context_norm = nn.LayerNorm(width, eps=1e-6), nn.LayerNorm(width)
         self.context_attention, self.bags = attention(), forward_(4 * width)
         self.after_words, self.before_words, self.after_bags = (forward_(width // 2) for _ in range(3))
-        self.of_words = coefficients()
-        self.of_raw_words, self.of_bags = (coefficients() if separate_beta else self.of_words for _ in range(2))
+        # of words, of words before attention, of bags: one for all of them, or each its own
+        self.coefficients = nn.ModuleList(coefficients() for _ in range(3 if separate_beta else 1))
         self.classifier = nn.Linear(width, classes)
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
         self.cnn = network
+
+    @classmethod
+    def reads_pixels(cls, options: dict[str, Any]) -> bool:
+        return options.get("cnn") is not None
 
     def forward(self, bag: Bag | Pixels) -> Prediction:
         self.check(bag)
@@ -206,7 +210,8 @@ class HATNet(Head):
         read = self.read(words, torch.ones(words.shape[:2], dtype=torch.bool, device=words.device))
         weight = read.parts["bag_weight"][:, None] * read.parts["word_weight"]
         tiles = TileScores(by_row(read.parts["word_energy"], side), by_row(weight, side))
-        return Prediction(read.logits, read.embedding, (tiles,), read.regions, read.parts)
+        parts = {**read.parts, "places": torch.tensor([side**2, side**2, *picture.size])}
+        return Prediction(read.logits, read.embedding, (tiles,), read.regions, parts)
 
     def augment(self, picture: Picture) -> Picture:
         return turns(picture)
@@ -226,15 +231,16 @@ class HATNet(Head):
         seen = there[full]
         p = self.projection(words[full].masked_fill(~seen[..., None], 0.0))  # 0 · NaN is NaN: masks alone let it in
         s = self.words(p + self.drop(self._among_words(self.word_norm(p), seen)))
-        after, word_energy, word_weight = self.of_words(s, seen)
-        before, raw_energy, _ = self.of_raw_words(p, seen)
+        of_words, of_raw_words, of_bags = list(self.coefficients) * (3 // len(self.coefficients))
+        after, word_energy, word_weight = of_words(s, seen)
+        before, raw_energy, _ = of_raw_words(p, seen)
         context, b = self.after_words(after), self.before_words(before)
         normed = self.bag_norm(b)[None]
         query = self.query_norm(b + self.drop(self.bag_attention(normed, normed, normed, need_weights=False)[0][0]))
         normed = self.context_norm(context)[None]
         mixed = self.context_attention(query[None], normed, normed, need_weights=False)[0][0]
         g = self.bags(b + self.drop(mixed))
-        whole, bag_energy, bag_weight = self.of_bags(spread(g, full, 0.0), full)
+        whole, bag_energy, bag_weight = of_bags(spread(g, full, 0.0), full)
         z = self.after_bags(whole)
         bag_weight = bag_weight.masked_fill(~full, torch.nan)
         bag_energy = bag_energy.masked_fill(~full, torch.nan)

@@ -37,6 +37,11 @@ class Head(nn.Module):
             raise ValueError(f"dim and classes must be at least 1, not {dim} and {classes}")
         self.dim, self.classes, self.options = dim, classes, options
 
+    @classmethod
+    def reads_pixels(cls, options: dict[str, Any]) -> bool:
+        """Whether it does with these options."""
+        return cls.needs.pixels
+
     def forward(self, bag: Bag) -> Prediction:
         raise NotImplementedError
 

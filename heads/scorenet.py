@@ -185,7 +185,7 @@ class ScoreNet(Head):
         chosen = share.detach().topk(min(self.options["k"], len(share))).indices.sort().values
         looked = self._looked_at(picture, share, chosen) if self.training else picture.crops(chosen, PLACE)
         z = torch.cat([tokens, self.aggregate(looked)])
-        parts = {"chosen": chosen, "across": torch.tensor(across)}
+        parts = {"chosen": chosen, "places": torch.tensor([len(share) // across, across, *picture.size])}
         return Prediction(
             self.classifier(z),
             z,

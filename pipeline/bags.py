@@ -1,4 +1,4 @@
-"""The bags that heads are trained on: whose features they are, which level, slide by slide or joined by patient."""
+"""What heads are trained on: bags, of whose features and which level, of slides or of patients; or pictures."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from heads import BadBag, Bag
+from heads.picture import Picture
 
-from .errors import BrokenBag, UsageError
+from .errors import BrokenBag, SlideError, UsageError
 from .output import read_run
+from .pictures import Pictures
 from .store import BagStore, read_attrs
 
 CACHE_BYTES = 4 << 30  # of bags that are kept in memory between epochs
@@ -102,6 +104,9 @@ class Store:
             )
         return StoredFeatures(self._store, key, slides[0])
 
+    def pictures(self, slides: Sequence[str]) -> Pictures:
+        return Pictures.of_store(self._store, slides)
+
 
 def choose_level(levels: Sequence[float], wanted: float | None) -> float | None:
     """The level that a flat head reads, the finest unless told; None where no level has a known µm/px."""
@@ -117,16 +122,16 @@ def choose_level(levels: Sequence[float], wanted: float | None) -> float | None:
     raise UsageError(f"--level {wanted:g}: no features at that µm/px; there are {there}")
 
 
-class Bags(Sequence[Bag]):
-    """Bags that are read when they are asked for, and kept in memory while they fit.
+class Bags(Sequence[Any]):
+    """Bags, or pictures, that are read when they are asked for, and kept in memory while they fit.
 
-    units: the slides of each bag, one or (of a patient) several. A damaged slide is a UsageError: what was asked for
-    cannot be had without it.
+    units: the slides of each, one or (of a patient) several. level: of all levels (None) or the one at this µm/px. A
+    damaged slide is a UsageError: what was asked for cannot be had without it.
     """
 
-    def __init__(self, features: Features, units: Iterable[Sequence[str]], level: float | None) -> None:
-        self._features, self._units, self._level = features, [tuple(unit) for unit in units], level
-        self._kept: dict[int, Bag] = {}
+    def __init__(self, source: Features | Pictures, units: Iterable[Sequence[str]], level: float | None) -> None:
+        self._source, self._units, self._level = source, [tuple(unit) for unit in units], level
+        self._kept: dict[int, Bag | Picture] = {}
         self._bytes = 0
 
     def __len__(self) -> int:
@@ -140,15 +145,22 @@ class Bags(Sequence[Bag]):
         bag = self._read(self._units[index])
         if self._bytes < CACHE_BYTES:
             self._kept[index] = bag
-            self._bytes += bag.features.nbytes
+            self._bytes += bag.nbytes if isinstance(bag, Picture) else bag.features.nbytes
         return bag
 
-    def _read(self, slides: Sequence[str]) -> Bag:
+    def _read(self, slides: Sequence[str]) -> Bag | Picture:
         try:
-            bags = [self._features.bag(slide) for slide in slides]
+            if isinstance(self._source, Pictures):
+                return self._picture(self._source, slides)
+            bags = [self._source.bag(slide) for slide in slides]
             return Bag.joined(bags if self._level is None else [bag.at(self._level) for bag in bags])
-        except (BrokenBag, BadBag) as error:
+        except (SlideError, BadBag) as error:
             raise UsageError(str(error)) from error
+
+    def _picture(self, pictures: Pictures, slides: Sequence[str]) -> Picture:
+        if len(slides) > 1:
+            raise UsageError(f"{slides[0]} and {slides[1]} are of one patient; pictures cannot be joined: --unit slide")
+        return pictures.picture(slides[0], self._level)
 
 
 @dataclass(frozen=True)

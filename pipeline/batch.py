@@ -208,7 +208,8 @@ def predict(
     """Predict slides with a trained model.
 
     source: an output folder of `run` (then its complete slides are predicted), a folder of feature files (likewise, but
-    for attention and heatmaps), or slides, whose features are first made in `out` by the model's own recipe. `model`: a
+    for attention and heatmaps), or slides, whose features are first made in `out` by the model's own recipe. A model
+    of pixels reads them from the slides; of a folder of images it writes beside them, if there is no `out`. `model`: a
     model folder, or a name below OUT/models; several are averaged, with `folds` those of its cross-validation. `zoom`:
     only tiles below those that the model (hagmil) chooses are encoded; predictions are the same, features are not kept.
     `options` go to `run` (workers, scheduler, mpp_csv, progress; `weights`, where the model's own file has moved).
@@ -219,9 +220,7 @@ def predict(
     if not is_store and out is None and not options and not zoom and FeatureFiles.are_in(source):
         return _predict_files(FeatureFiles(source), model, folds)
     if not is_store and out is None:
-        raise UsageError(
-            f"{source} is no output folder of `slidestream run`; for slides, say with -o where features go"
-        )
+        out = _of_pixels(source, model, folds)
     if is_store and (out is not None or options or zoom):
         flags = ", ".join([*(["-o"] if out is not None else []), *(["--zoom"] if zoom else []), *options])
         raise UsageError(f"{source} is an output folder, which is predicted as it is: leave {flags} out")
@@ -229,6 +228,10 @@ def predict(
 
     place = Path(os.path.abspath(source if is_store else out or ""))
     trained = choose_models(model, place, folds)
+    if trained.head.needs.pixels:
+        if zoom:
+            raise UsageError(f"--zoom: {trained.name} reads pixels, and encodes nothing")
+        return _predict_pixels(source, place, trained, options.get("mpp_csv"))
     if is_store:
         return _predict_store(place, trained)
     if zoom:
@@ -250,6 +253,39 @@ def predict(
     rest = [outcome for outcome in made.outcomes if outcome.slide not in predicted]
     outcomes, seconds = (*report.outcomes, *rest), made.seconds + report.seconds
     return replace(report, outcomes=outcomes, seconds=seconds, meter=made.meter, interrupted=made.interrupted)
+
+
+def _of_pixels(source: str | Path, model: str | Path | Sequence[str], folds: bool) -> str | Path:
+    """The folder itself, if the model reads the pixels of the images in it. Otherwise a UsageError."""
+    if Path(source).is_dir():
+        from .prediction import choose_models
+
+        if choose_models(model, Path(os.path.abspath(source)), folds).head.needs.pixels:
+            return source
+    raise UsageError(f"{source} is no output folder of `slidestream run`; for slides, say with -o where features go")
+
+
+def _predict_pixels(source: str | Path, out: Path, model: "Model", mpp_csv: str | Path | None) -> Report:
+    from .pictures import ImageFolder, Pictures
+    from .sight import predict_pictures
+
+    if (out / "run.json").is_file() and os.path.abspath(source) == str(out):
+        store = BagStore(out)
+        slides = [slide for slide in store.slides() if store.group(slide).status == "complete"]
+        return predict_pictures(Pictures.of_store(store, slides), slides, model, out, stored=True)
+    if os.path.abspath(source) == str(out):
+        images = ImageFolder(source)
+        pictures, slides = images.pictures(images.slides()), images.slides()
+    else:
+        files, _ = _slide_files(find_slides(source, out), mpp_csv)
+        levels = [] if model.level is None else [model.level]
+        slides = [file.name for file in files]
+        pictures = Pictures({file.name: (file.path, file.mpp) for file in files}, levels, "auto")
+    if model.level is not None and not pictures.levels:
+        raise UsageError(
+            f"{model.name} reads {model.level:g} µm/px, which images of a folder do not say; `slidestream run` them"
+        )
+    return predict_pictures(pictures, slides, model, out, stored=False)
 
 
 def _predict_store(out: Path, model: "Model", only: set[str] | None = None) -> Report:

@@ -153,7 +153,10 @@ def _run_options(values: dict[str, Any], **flags: Any) -> dict[str, Any]:
     return options
 
 
-LabelsFile = Annotated[Path, typer.Option("--labels", help="a table slide,label[,patient][,site][,split]")]
+LabelsFile = Annotated[
+    Path | None,
+    typer.Option("--labels", help="a table slide,label[,patient][,site][,split]; not for images in folders of classes"),
+]
 Level = Annotated[float | None, typer.Option("--level", help="µm/px of the level that is read [default: the finest]")]
 WhichEncoder = Annotated[str | None, typer.Option("--encoder", "-e", help="which features, where there are several")]
 Task = Annotated[str, typer.Option("--task", help="classification, multilabel, ordinal, regression or survival")]
@@ -171,14 +174,16 @@ Patience = Annotated[int | None, typer.Option("--patience", min=1, help="epochs 
 LearningRate = Annotated[float | None, typer.Option("--lr", min=0)]
 WeightDecay = Annotated[float | None, typer.Option("--weight-decay", min=0)]
 Keep = Annotated[str | None, typer.Option("--keep", help="of all epochs the best, the last, or average5")]
+Augment = Annotated[bool | None, typer.Option("--augment/--no-augment", help="heads of pixels: mirrored, recoloured …")]
+Mix = Annotated[str | None, typer.Option("--mix", help="heads of pixels: scoremix, a box of another image on this one")]
 Seed = Annotated[int, typer.Option("--seed")]
-Bags = Annotated[Path, typer.Argument(help="an output folder of `slidestream run`, or one of .h5, .pt or .npy files")]
+Bags = Annotated[Path, typer.Argument(help="an output folder of `slidestream run`, or one of .h5, .pt, .npy or images")]
 
 
 @app.command()
 def train(
     out: Bags,
-    labels: LabelsFile,
+    labels: LabelsFile = None,
     head: Annotated[
         str, typer.Option("--head", help="abmil, clam_sb, longmil, … (an unknown name lists all), or module:function")
     ] = "abmil",
@@ -200,6 +205,8 @@ def train(
     lr: LearningRate = None,
     weight_decay: WeightDecay = None,
     keep: Keep = None,
+    augment: Augment = None,
+    mix: Mix = None,
     seed: Seed = 0,
     option: Annotated[
         list[str] | None, typer.Option("--option", help="of the head, as name=value; may be repeated")
@@ -211,6 +218,7 @@ def train(
     slidestream train out/ --labels labels.csv --head abmil
     slidestream train out/ --labels labels.csv --head abmil --option gated=false --name plain --level 1.0
     slidestream train out/ --labels labels.csv --head clam_sb --recipe paper --cv 5 --seeds 3 --site hospital
+    slidestream train images/ --head scorenet --recipe paper --cv 5
     """
     settings = {k: v for k, v in locals().items() if k not in ("out", "labels", "option")}
     from .evaluation import summary_lines
@@ -229,8 +237,8 @@ def train(
 @app.command()
 def compare(
     out: Bags,
-    labels: LabelsFile,
     heads: Annotated[str, typer.Option("--heads", help="with commas between; abmil@1.0 reads the level of 1 µm/px")],
+    labels: LabelsFile = None,
     name: Annotated[str, typer.Option("--name", help="of the folder of its models and results")] = "compare",
     encoder: WhichEncoder = None,
     task: Task = "classification",
@@ -273,7 +281,7 @@ def compare(
 @app.command()
 def probe(
     out: Bags,
-    labels: LabelsFile,
+    labels: Annotated[Path, typer.Option("--labels", help="a table slide,label[,patient][,site][,split]")],
     knn: Annotated[bool, typer.Option("--knn", help="the nearest slides vote")] = False,
     linear: Annotated[bool, typer.Option("--linear", help="logistic regression")] = False,
     pooling: Annotated[str, typer.Option("--pooling", help="a slide is the mean or the max of its tiles")] = "mean",

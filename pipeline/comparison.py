@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from heads import UnknownName, load_head
+from heads import UnknownName, load_head, reads_pixels
 from heads.metrics import holm, main_metric
 
 from .cohort import read_cohort
@@ -58,7 +58,7 @@ def _cell(value: dict[str, float]) -> str:
 
 def compare(
     out: str | Path,
-    labels: str | Path,
+    labels: str | Path | None = None,
     *,
     heads: Sequence[str],
     name: str = "compare",
@@ -114,7 +114,7 @@ def _plan(wish: str, recipe: str, changes: dict[str, Any]) -> Plan:
     head, _, level = wish.partition("@")
     try:
         with torch.random.fork_rng(devices=[]):
-            load_head(head, 64, 2)
+            load_head(head, None if reads_pixels(head) else 64, 2)
     except UnknownName as error:
         raise UsageError(f"--heads {wish}: {error}") from error
     try:

@@ -38,13 +38,14 @@ def evaluate(
         target=target,
         group=group,
         unit=about.get("unit", "slide"),
-        encoder=None if about["encoder_key"] == "files" else about["encoder_key"],
+        encoder=None if about["encoder_key"] in ("files", "pixels") else about["encoder_key"],
         names=one.classes,
     )
-    if cohort.features.about()["feature_hash"] != about["feature_hash"]:
+    pixels = one.head.needs.pixels
+    if cohort.source(pixels).about()["feature_hash"] != about["feature_hash"]:
         raise UsageError(f"{out}: {one.name} was trained on other features (encoder, tile size or µm/px differ)")
     rows = np.arange(len(cohort))
-    logits = logits_of(one.head, cohort.bags(one.level))
+    logits = logits_of(one.head, cohort.bags(one.level, pixels))
     answers = [Answers("external", 0, one.task, rows, logits, one.threshold, about.get("temperature"))]
     truth = cohort.targets.truth
     found = Pooled(answers, truth, cohort.groups).intervals()

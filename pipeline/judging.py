@@ -73,7 +73,7 @@ class Judged:
         if self.cv is not None:
             folds = cross_validation(strata, whose, self.cv, seed)
         elif self.split_by is not None:
-            bags = cohort.bags(choose_level(cohort.features.levels, None))
+            bags = cohort.bags(choose_level(cohort.source().levels, None))
             folds = [by_tiles(np.array([len(bags[int(row)]) for row in rows]), strata, whose, seed)]
         elif self.seeds > 1:
             raise UsageError("--seeds: say with --cv, --splits or --split-by who is tested")

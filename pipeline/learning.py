@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from heads import Head, UnknownName, UnknownOption, load_head
+from heads import Head, UnknownName, UnknownOption, load_head, reads_pixels
 from heads.metrics import Metrics, measure
 from heads.recipe import Recipe
 from heads.tasks import Task
@@ -33,8 +33,17 @@ class Plan:
     changes: dict[str, Any]  # of the recipe
     level: float | None
 
-    def new_head(self, dim: int, task: Task, seed: int) -> Head:
+    @property
+    def pixels(self) -> bool:
+        """Whether the head reads pixels."""
+        try:
+            return reads_pixels(self.head, **self.options)
+        except UnknownName as error:
+            raise UsageError(str(error)) from error
+
+    def new_head(self, cohort: Cohort, task: Task, seed: int) -> Head:
         """Its first weights are drawn from `seed`, without disturbing anyone else's random numbers."""
+        dim = cohort.source(self.pixels).dim
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             try:
@@ -53,7 +62,7 @@ class Plan:
 
     def level_of(self, model: Head, cohort: Cohort) -> float | None:
         """What it reads of each bag: one level, or (None) all."""
-        return choose_level(cohort.features.levels, self.level) if model.needs.levels == 1 else None
+        return choose_level(cohort.source(self.pixels).levels, self.level) if model.needs.levels == 1 else None
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,10 +99,10 @@ class Learned:
 def require_sense(plan: Plan, cohort: Cohort, fold: Fold, seed: int) -> None:
     """What is wrong with what was asked is said now, not after hours."""
     task = _task(cohort, fold)
-    model = plan.new_head(cohort.features.dim, task, seed)
+    model = plan.new_head(cohort, task, seed)
     plan.recipe_of(model)
     row = int(fold.train[0])
-    bag = cohort.bags(plan.level_of(model, cohort))[row]
+    bag = cohort.bags(plan.level_of(model, cohort), plan.pixels)[row]
     answer = cohort.targets.answers(task, np.array([row]))[0]
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
@@ -115,9 +124,9 @@ def learn(cohort: Cohort, plan: Plan, fold: Fold, seed: int, on_epoch: OnEpoch |
     if targets.kind == "classification":
         require_classes(cohort, fold.train, fold.name or "training")
     task = _task(cohort, fold)
-    model = plan.new_head(cohort.features.dim, task, seed)
+    model = plan.new_head(cohort, task, seed)
     recipe, level = plan.recipe_of(model), plan.level_of(model, cohort)
-    bags = {part: Chosen(cohort.bags(level), rows.tolist()) for part, rows in fold.parts().items()}
+    bags = {part: Chosen(cohort.bags(level, plan.pixels), rows.tolist()) for part, rows in fold.parts().items()}
     answers = {part: targets.answers(task, rows) for part, rows in fold.parts().items()}
     try:
         history = fit(

@@ -77,13 +77,13 @@ def _embeddings(cohort: Cohort, pooling: str, model: str | None, level: float | 
         if level is not None:
             raise UsageError("--level: a model reads the level that it was trained on")
         trained = load_model(find_model(model, cohort.place))
-        bags = cohort.bags(trained.level)
+        bags = cohort.bags(trained.level, trained.head.needs.pixels)
         try:
             with torch.no_grad():
                 return np.stack([trained.head(bags[i]).embedding.numpy() for i in range(len(cohort))])
         except ValueError as error:
             raise UsageError(f"--model {model}: {error}") from error
-    bags = cohort.bags(choose_level(cohort.features.levels, level))
+    bags = cohort.bags(choose_level(cohort.source().levels, level))
     pooled = {"mean": lambda x: x.mean(0), "max": lambda x: x.amax(0)}[pooling]
     return np.stack([pooled(bags[i].valid_features).numpy() for i in range(len(cohort))])
 

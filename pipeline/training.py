@@ -44,7 +44,7 @@ class Trained:
 
 def train(
     out: str | Path,
-    labels: str | Path,
+    labels: str | Path | None = None,
     *,
     head: str = "abmil",
     name: str | None = None,
@@ -65,6 +65,8 @@ def train(
     lr: float | None = None,
     weight_decay: float | None = None,
     keep: str | None = None,
+    augment: bool | None = None,
+    mix: str | None = None,
     seed: int = 0,
     on_epoch: OnEpoch | None = None,
     **options: Any,
@@ -72,7 +74,9 @@ def train(
     """Train a head on the features of labelled slides; writes OUT/models/<name>.
 
     out: an output folder of `run`, or a folder of feature files (.h5, .pt, .npy). `level`: µm/px of the level that a
-    flat head reads, by default the finest with features; `encoder`: which features, where a store has several.
+    flat head reads, by default the finest with features; `encoder`: which features, where a store has several. A head
+    of pixels (scorenet, hatnet with `cnn`) reads the slides themselves at that level, or the images of a folder, pixel
+    by pixel; `labels` may then be None if each class has its folder.
 
     What is asked: `task` is the kind of the column `target` (see targets.py). `unit="patient"` joins a patient's
     slides into one bag. Slides that share a `group` (a column, the patient), or a `site` where one is named, are never
@@ -85,11 +89,12 @@ def train(
     `val`, else a fifth of the training slides: it decides the epoch, the threshold and the temperature.
 
     recipe: "default" (heads.recipe.Recipe) or a name of the head's own ("paper"), of which `epochs`, `patience`, `lr`,
-    `weight_decay` and `keep` replace single fields; `options` are the head's own. Raises UsageError.
+    `weight_decay`, `keep`, `augment` and `mix` replace single fields; `options` are the head's own. Raises UsageError.
     """
     asked: dict[str, Any] = {"task": task, "target": target, "group": group, "site": site, "unit": unit}
     cohort = read_cohort(out, labels, encoder=encoder, **asked)
-    wishes = {"epochs": epochs, "patience": patience, "lr": lr, "weight_decay": weight_decay, "keep": keep}
+    wishes: dict[str, Any] = {"epochs": epochs, "patience": patience, "lr": lr, "weight_decay": weight_decay}
+    wishes |= {"keep": keep, "augment": augment, "mix": mix}
     changes = {wish: value for wish, value in wishes.items() if value is not None}
     plan = Plan(head, options, recipe, changes, level)
     how = Judged(cv, splits, split_by, seeds, seed)
@@ -136,7 +141,7 @@ def _judged(folder: Path, cohort: Cohort, plan: Plan, fold: Fold, seed: int, on_
         learned = learn(cohort, plan, fold, seed, on_epoch)
         _save(folder, cohort, plan, learned)
         return learned.answers()
-    logits = logits_of(there.head, Chosen(cohort.bags(there.level), fold.test.tolist()))
+    logits = logits_of(there.head, Chosen(cohort.bags(there.level, plan.pixels), fold.test.tolist()))
     task, threshold, temperature = (there.about[name] for name in ("task", "threshold", "temperature"))
     return Answers(fold.name, seed, task_of(task), fold.test, logits, threshold, temperature)
 
@@ -156,7 +161,9 @@ def _identity(cohort: Cohort, plan: Plan, fold: Fold, seed: int) -> str:
     asked = [targets.kind, targets.names, targets.truth.tolist(), cohort.units, cohort.slides]
     parts = {part: rows.tolist() for part, rows in fold.parts().items()}
     versions = {name: version(name) for name in ("slidestream", "torch")}
-    return digest([asdict(plan), asked, parts, seed, cohort.features.about(), cohort.state, versions])
+    return digest(
+        [asdict(plan), asked, parts, seed, cohort.source(plan.pixels).about(), cohort.state(plan.pixels), versions]
+    )
 
 
 def _save(folder: Path, cohort: Cohort, plan: Plan, learned: Learned) -> dict[str, Metrics]:
@@ -189,7 +196,7 @@ def _save(folder: Path, cohort: Cohort, plan: Plan, learned: Learned) -> dict[st
         "metrics": metrics,
         "training": training,
     }
-    save_model(folder, learned.model, about | cohort.features.about())
+    save_model(folder, learned.model, about | cohort.source(plan.pixels).about())
     save_curves(folder / "curves.png", history.train_loss, history.validation_loss, history.best_epoch)
     return metrics
 

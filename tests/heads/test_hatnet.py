@@ -82,12 +82,12 @@ def naive(head: HATNet, x: torch.Tensor, there: torch.Tensor) -> torch.Tensor:
     for i in full:
         places = there[i].nonzero().flatten().tolist()
         s = head.words(projected[i] + mixed[i])
-        context.append(head.after_words(weighed(head.of_words, s, places)))
-        before.append(head.before_words(weighed(head.of_raw_words, projected[i], places)))
+        context.append(head.after_words(weighed(head.coefficients[0], s, places)))
+        before.append(head.before_words(weighed(head.coefficients[-2 % len(head.coefficients)], projected[i], places)))
     b, normed = torch.stack(before), head.bag_norm(torch.stack(before))
     query = head.query_norm(b + attend(head.bag_attention, normed, normed))
     g = head.bags(b + attend(head.context_attention, query, head.context_norm(torch.stack(context))))
-    return head.classifier(head.after_bags(weighed(head.of_bags, g, full)))
+    return head.classifier(head.after_bags(weighed(head.coefficients[-1], g, full)))
 
 
 @pytest.mark.parametrize("psi", ["l2", "l1", "mean"])
@@ -102,13 +102,15 @@ def test_from_the_equations(psi, scope):
 @torch.no_grad()
 def test_without_beta_every_word_and_bag_counts_the_same():
     head = make()
-    head.of_words.beta.zero_()
+    head.coefficients[0].beta.zero_()
     x, there = everywhere()
     parts = head.read(x, there).parts
     torch.testing.assert_close(parts["word_weight"], torch.full((9, 9), 1 / 9))
     torch.testing.assert_close(parts["bag_weight"], torch.full((9,), 1 / 9))
     p = head.projection(x)
-    torch.testing.assert_close(head.of_raw_words(p, there)[0], p.mean(1), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(
+        head.coefficients[-2 % len(head.coefficients)](p, there)[0], p.mean(1), rtol=1e-6, atol=1e-6
+    )
 
 
 @torch.no_grad()
@@ -132,7 +134,7 @@ def test_the_place_of_a_word_counts_unless_beta_sees_none():
     x, there = everywhere()
     order = torch.randperm(9, generator=torch.Generator().manual_seed(1))
     assert not torch.allclose(head.read(x, there).logits, head.read(x[:, order], there).logits, atol=1e-4)
-    head.of_words.beta.copy_(0.3 * torch.eye(9) + 0.2)
+    head.coefficients[0].beta.copy_(0.3 * torch.eye(9) + 0.2)
     torch.testing.assert_close(head.read(x, there).logits, head.read(x[:, order], there).logits)
     torch.testing.assert_close(head.read(x, there).logits, head.read(x[order], there).logits)
 
@@ -142,7 +144,7 @@ def test_the_place_of_a_word_counts_unless_beta_sees_none():
 def test_the_sign_of_a_channel(psi, same):
     head, (z, there) = make(psi=psi), (torch.randn(9, 16), torch.ones(9, dtype=torch.bool))
     flipped = z * torch.where(torch.arange(16) == 3, -1.0, 1.0)
-    assert torch.allclose(head.of_words(z, there)[1], head.of_words(flipped, there)[1]) == same
+    assert torch.allclose(head.coefficients[0](z, there)[1], head.coefficients[0](flipped, there)[1]) == same
 
 
 @torch.no_grad()

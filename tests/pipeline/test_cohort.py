@@ -83,10 +83,10 @@ def test_the_split_of_a_patient_is_that_of_all_slides(labelled):
 
 
 def test_the_state_changes_with_any_slide(labelled):
-    before = read_cohort(labelled.root, labelled.labels).state
-    assert before == read_cohort(labelled.root, labelled.labels).state
+    before = read_cohort(labelled.root, labelled.labels).state()
+    assert before == read_cohort(labelled.root, labelled.labels).state()
     labelled.write(5, 3.0)
-    after = read_cohort(labelled.root, labelled.labels).state
+    after = read_cohort(labelled.root, labelled.labels).state()
     assert [i for i in range(24) if before[i] != after[i]] == [5]
 
 
