@@ -36,7 +36,7 @@ JUDGED = {
 TRAINED = {"--task", "--recipe", "--epochs", "--patience", "--lr", "--weight-decay", "--keep"}
 OWN_FLAGS = {
     "run": {"--out", "-o", "--mpp-csv", "--workers", "--scheduler", "--redo", "--config", "--preset", "-e"},
-    "train": {"--head", "--name", "--level", "--option", *JUDGED, *TRAINED},
+    "train": {"--head", "--name", "--level", "--option", "--augment", "--no-augment", "--mix", *JUDGED, *TRAINED},
     "compare": {"--heads", "--name", *JUDGED, *TRAINED},
     "probe": {"--knn", "--linear", "--pooling", "--model", "-m", "--level", *JUDGED},
     "predict": {"--model", "-m", "--out", "-o", "--folds", "--zoom", "--labels", "--target", "--group", "--weights",
@@ -141,7 +141,7 @@ def test_train_hands_everything_on(monkeypatch, capsys):
 
     monkeypatch.setattr(training, "train", train)
     flags = "--labels l.csv --head mean --name m --level 1 -e uni --epochs 3 --patience 2 --lr 0.01 --weight-decay 0"
-    options = "--recipe paper --option gated=false --option hidden-size=12 --option way=long --option x='7'"
+    options = "--recipe paper --no-augment --mix scoremix --option gated=false --option hidden-size=12 --option way=long --option x='7'"
     judged = "--task ordinal --target t --group g --site s --unit patient --cv 3 --splits f --split-by tiles --seeds 2"
     code = main(monkeypatch, "train", "out", *flags.split(), "--seed", "9", *options.split(), *judged.split())
     assert code == 0
@@ -150,6 +150,7 @@ def test_train_hands_everything_on(monkeypatch, capsys):
         "recipe": "paper", "epochs": 3, "patience": 2, "lr": 0.01, "weight_decay": 0.0, "seed": 9,
         "gated": False, "hidden_size": 12, "way": "long", "x": "7", "task": "ordinal", "target": "t", "group": "g",
         "site": "s", "unit": "patient", "cv": 3, "splits": Path("f"), "split_by": "tiles", "seeds": 2, "keep": None,
+        "augment": False, "mix": "scoremix",
     }  # fmt: skip
     text = capsys.readouterr().out
     assert "note: 1 rows name no slide" in text
