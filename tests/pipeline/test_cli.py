@@ -36,7 +36,7 @@ JUDGED = {
 TRAINED = {"--task", "--recipe", "--epochs", "--patience", "--lr", "--weight-decay", "--keep"}
 OWN_FLAGS = {
     "run": {"--out", "-o", "--mpp-csv", "--workers", "--scheduler", "--redo", "--config", "--preset", "-e"},
-    "train": {"--head", "--name", "--level", "--option", "--augment", "--no-augment", "--mix", *JUDGED, *TRAINED},
+    "train": {"--head", "--name", "--level", "--option", "--augment", "--mix", *JUDGED, *TRAINED},
     "compare": {"--heads", "--name", *JUDGED, *TRAINED},
     "probe": {"--knn", "--linear", "--pooling", "--model", "-m", "--level", *JUDGED},
     "predict": {"--model", "-m", "--out", "-o", "--folds", "--zoom", "--labels", "--target", "--group", "--weights",
