@@ -125,6 +125,20 @@ def test_the_places_looked_at_are_a_set_and_the_thumbnail_is_not():
 
 
 @torch.no_grad()
+def test_the_map_moves_with_what_is_shown():
+    """Something on a plain ground, away from the borders, a place further."""
+    plain = torch.full((3, 7 * 16, 7 * 16), 0.8)
+    shown = torch.rand(3, 32, 32, generator=torch.Generator().manual_seed(0))
+    head, maps = make(), []
+    for at in (32, 48):
+        thumbnail = plain.clone()
+        thumbnail[:, 32:64, at : at + 32] = shown
+        maps.append(head.score(thumbnail)[0].unflatten(0, (7, 7)))
+    torch.testing.assert_close(maps[0][:, 1:5], maps[1][:, 2:6], rtol=1e-4, atol=1e-6)
+    assert maps[0].std() > 1e-5
+
+
+@torch.no_grad()
 def test_what_is_looked_at_are_the_highest_places_in_full():
     head, given = make(), picture()
     out = head(given)
