@@ -76,11 +76,11 @@ def _of_classes(probabilities: np.ndarray, truth: np.ndarray, threshold: Thresho
     out["kappa"] = (out["accuracy"] - chance) / (1 - chance)
     if there.all():
         each = range(classes) if classes > 2 else (1,)
-        out["auc"] = float(np.mean([_auc(probabilities[:, c], truth == c) for c in each]))
+        out["auc"] = float(np.mean([auc(probabilities[:, c], truth == c) for c in each]))
     return out
 
 
-def _auc(scores: np.ndarray, positive: np.ndarray) -> float:
+def auc(scores: np.ndarray, positive: np.ndarray) -> float:
     """The share of pairs in order, half of those that are level: from the sum of the ranks of the positive."""
     from scipy.stats import rankdata
 
@@ -96,7 +96,7 @@ def _of_labels(probabilities: np.ndarray, truth: np.ndarray) -> Metrics:
     if mixed:
         both, either = (guess & (truth > 0)).sum(axis=0), guess.sum(axis=0) + truth.sum(axis=0)
         out["macro_f1"] = float(np.mean(2 * both[mixed] / either[mixed]))
-        out["auc"] = float(np.mean([_auc(probabilities[:, c], truth[:, c] > 0) for c in mixed]))
+        out["auc"] = float(np.mean([auc(probabilities[:, c], truth[:, c] > 0) for c in mixed]))
     return out
 
 

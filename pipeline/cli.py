@@ -378,10 +378,48 @@ def predict(
     if report.saving is not None:
         _say(report.saving.sentence())
     if labels is not None:
-        from .external import evaluate
+        from .external import evaluate_labels
 
-        _tell_metrics(evaluate(place, labels, model, folds=folds, target=target, group=group))
+        _tell_metrics(evaluate_labels(place, labels, model, folds=folds, target=target, group=group))
     raise typer.Exit(report.exit_code)
+
+
+@app.command()
+def evaluate(
+    out: OutFolder,
+    model: Annotated[
+        list[str],
+        typer.Option("--model", "-m", help="a model folder, or a name below OUT/models; the mean of several"),
+    ],
+    annotations: Annotated[
+        Path,
+        typer.Option(
+            "--annotations", "-a", help="a folder of GeoJSON, ASAP XML or mask images, named after the slides"
+        ),
+    ],
+    folds: Annotated[bool, typer.Option("--folds", help="the mean of the models of its cross-validation")] = False,
+    threshold: Annotated[
+        float, typer.Option("--threshold", help="the annotated share of a tile from which on it is positive")
+    ] = 0.5,
+    score: Annotated[
+        str, typer.Option("--score", help="by which tiles are ranked: weight, or raw as in HATNet")
+    ] = "weight",
+    patients: Annotated[
+        Path | None, typer.Option("--patients", help="a table slide,patient: intervals are drawn by patient")
+    ] = None,
+) -> None:
+    """Compare where a model looks with what people annotated; writes OUT/evaluations/<model>, a picture of each slide.
+
+    \b
+    slidestream evaluate out/ --model abmil --annotations annotations/
+    slidestream evaluate out/ --model hatnet -a masks/ --score raw --threshold 0.1 --patients labels.csv
+    """
+    from .localisation import evaluate as evaluate_model
+
+    found = evaluate_model(out, model, annotations, folds=folds, threshold=threshold, score=score, patients=patients)
+    for line in (*(f"note: {note}" for note in found.notes), *found.lines(), str(found.folder)):
+        _say(line)
+    raise typer.Exit(found.exit_code)
 
 
 @app.command()

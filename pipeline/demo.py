@@ -5,6 +5,7 @@ Positive slides have brown-stained nests in a few places; everything else is the
 """
 
 import csv
+import json
 from pathlib import Path
 from typing import Any
 
@@ -60,17 +61,22 @@ def _shrink(pixels: np.ndarray, factor: int) -> np.ndarray:
 
 
 def make_slides(folder: Path, count: int, seed: int) -> Path:
-    """`count` slides of about 1.5 mm, in folder/slides, and their labels.csv (two thirds train, one third test)."""
+    """`count` slides of about 1.5 mm, in folder/slides, and their labels.csv (two thirds train, one third test).
+
+    The nests of positive slides are annotated: folder/annotations/<slide>.geojson.
+    """
     texture = _stains()
     rows = []
     for number in range(count):
         rng = np.random.default_rng([seed, number])
         positive, fine = number % 2 == 1, number % 4 >= 2  # both classes at both resolutions
         mpp = 0.25 if fine else 0.5
-        pixels = _slide(texture, positive, rng)
+        pixels, nests = _slide(texture, positive, rng)
         if fine:
             pixels = cv2.resize(pixels, None, fx=2, fy=2, interpolation=cv2.INTER_CUBIC)
         name = f"case{number + 1:02}.svs"
+        if positive:
+            _annotate(folder / "annotations" / name, nests, 2 if fine else 1)
         write_slide(folder / "slides" / name, pixels, mpp)
         split = "test" if number // 2 % 3 == 2 else "train"
         rows.append([name, "positive" if positive else "negative", f"patient{number + 1:02}", split])
@@ -85,8 +91,8 @@ def _stains() -> np.ndarray:
     return rgb2hed(immunohistochemistry()).astype(np.float32)
 
 
-def _slide(stains: np.ndarray, positive: bool, rng: np.random.Generator) -> np.ndarray:
-    """(H, W, 3) uint8 at 0.5 µm/px: tissue in blobs on noisy glass; DAB only in the nests of a positive slide."""
+def _slide(stains: np.ndarray, positive: bool, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """(H, W, 3) uint8 at 0.5 µm/px, tissue in blobs on noisy glass; (H, W) its nests: only they have DAB."""
     side = int(rng.integers(2700, 3300))
     tissue = _blobs(side, rng)
     hed = _grown(stains, side, rng)
@@ -96,7 +102,7 @@ def _slide(stains: np.ndarray, positive: bool, rng: np.random.Generator) -> np.n
     hed[..., 2] *= rng.uniform(0.0, 0.25) + nests * rng.uniform(0.9, 1.2)
     colour = np.clip(hed2rgb(hed), 0, 1).astype(np.float32) * 255
     glass = np.float32(GLASS) + rng.normal(0, 1.5, (side, side, 1)).astype(np.float32)
-    return np.clip(glass + (colour - glass) * tissue[..., None], 0, 255).astype(np.uint8)
+    return np.clip(glass + (colour - glass) * tissue[..., None], 0, 255).astype(np.uint8), nests * tissue
 
 
 def _grown(stains: np.ndarray, side: int, rng: np.random.Generator) -> np.ndarray:
@@ -124,6 +130,16 @@ def _nests(tissue: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     for y, x in rng.permutation(inside)[: int(rng.integers(2, 5))]:
         cv2.circle(out, (int(x), int(y)), int(rng.integers(160, 260)), 1.0, -1)
     return cv2.GaussianBlur(out, (0, 0), 6)
+
+
+def _annotate(slide: Path, nests: np.ndarray, factor: int) -> None:
+    """Polygons as QuPath draws them, in level-0 px, which are `factor` times smaller than those of `nests`."""
+    outlines, _ = cv2.findContours((nests > 0.5).astype(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)
+    rings = [[*ring, ring[0]] for ring in ((outline[:, 0] * factor).tolist() for outline in outlines) if len(ring) > 2]
+    shapes = [{"type": "Polygon", "coordinates": [ring]} for ring in rings]
+    features = [{"type": "Feature", "geometry": shape, "properties": {}} for shape in shapes]
+    slide.parent.mkdir(parents=True, exist_ok=True)
+    slide.with_suffix(".geojson").write_text(json.dumps({"type": "FeatureCollection", "features": features}))
 
 
 def run_demo(folder: Path, slides: int, seed: int, progress: Progress) -> list[str]:

@@ -14,6 +14,7 @@ from .tissue import TissueMask
 
 EDGE = 1600  # the longest edge of a picture, px
 CONTOUR = (0, 140, 0)
+ANNOTATED = (230, 20, 20)
 LEVELS = ((200, 30, 30), (230, 120, 0), (40, 90, 220), (130, 60, 180))  # coarse → fine
 MARGIN = 34
 
@@ -28,9 +29,7 @@ def overview(thumbnail: np.ndarray, mask: TissueMask, tree: QuadTree, caption: s
         left, top, right, bottom = np.add(_sides(tree.boxes(k), (x, y)), (inset, inset, -inset, -inset)).T
         corners = np.stack([left, top, right, top, right, bottom, left, bottom], axis=1).reshape(-1, 4, 2)
         cv2.polylines(picture, list(corners), True, colour, 1 if k else 2)
-    image = cv2.resize(mask.image.astype(np.uint8), picture.shape[1::-1], interpolation=cv2.INTER_NEAREST)
-    contours, _ = cv2.findContours(image, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
-    cv2.drawContours(picture, contours, -1, CONTOUR, 2)
+    _outline(picture, mask, CONTOUR)
     return whole
 
 
@@ -48,6 +47,26 @@ def heatmap(thumbnail: np.ndarray, mask: TissueMask, boxes: np.ndarray, weight: 
         cv2.rectangle(layer, (left, top), (right, bottom), colour, -1)
     cv2.addWeighted(layer, 0.55, picture, 0.45, 0, dst=picture)
     return whole
+
+
+def annotated(
+    thumbnail: np.ndarray,
+    mask: TissueMask,
+    boxes: np.ndarray,
+    weight: np.ndarray,
+    annotation: TissueMask,
+    caption: str,
+) -> np.ndarray:
+    """A heatmap with the outline of what is annotated; `annotation` covers the slide as the tissue's mask does."""
+    whole = heatmap(thumbnail, mask, boxes, weight, caption)
+    _outline(whole[MARGIN:], annotation, ANNOTATED)
+    return whole
+
+
+def _outline(picture: np.ndarray, mask: TissueMask, colour: tuple[int, int, int]) -> None:
+    image = cv2.resize(mask.image.astype(np.uint8), picture.shape[1::-1], interpolation=cv2.INTER_NEAREST)
+    contours, _ = cv2.findContours(image, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
+    cv2.drawContours(picture, contours, -1, colour, 2)
 
 
 def _canvas(thumbnail: np.ndarray, caption: str) -> tuple[np.ndarray, np.ndarray, float]:

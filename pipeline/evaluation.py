@@ -6,7 +6,7 @@ Everything that is chosen (the epoch, the threshold, the temperature) was chosen
 import csv
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -172,11 +172,12 @@ def summary_lines(found: dict[str, Any]) -> list[str]:
     for name, value in found["pooled"].items():
         folds = over_folds.get(name)
         beside = f"{folds['mean']:.3f} ± {folds['sd']:.3f}" if folds else ""
-        lines.append(f"{name:22} {value['value']:7.3f}  {_span(value):16}  {beside}".rstrip())
+        lines.append(f"{name:22} {value['value']:7.3f}  {span(value):16}  {beside}".rstrip())
     return lines
 
 
-def _span(value: dict[str, float]) -> str:
+def span(value: Mapping[str, float]) -> str:
+    """Of an interval, in words."""
     return "-" if np.isnan(value["low"]) else f"{value['low']:.3f} to {value['high']:.3f}"
 
 

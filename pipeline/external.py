@@ -1,6 +1,6 @@
 """What a trained model is worth on labelled slides that had no part in its training."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from .evaluation import Answers, Pooled, write_answers, write_json
 from .prediction import Model, choose_models
 
 
-def evaluate(
+def evaluate_labels(
     out: str | Path,
     labels: str | Path,
     model: str | Path | Sequence[str],
@@ -55,11 +55,11 @@ def evaluate(
     folder.mkdir(exist_ok=True)
     write_json(folder / f"{one.name}.metrics.json", results)
     write_answers(folder / f"{one.name}.labelled.csv", answers, cohort)
-    return results | {"warnings": [*cohort.warnings, *_seen(one, cohort.slides)]}
+    return results | {"warnings": [*cohort.warnings, *seen(one, (slide for unit in cohort.slides for slide in unit))]}
 
 
-def _seen(model: Model, slides: Sequence[Sequence[str]]) -> list[str]:
+def seen(model: Model, slides: Iterable[str]) -> list[str]:
     """A word of warning where the model was trained on some of these slides, as far as their names tell."""
-    seen = {*model.trained_on("train"), *model.trained_on("val")}
-    here = [slide for unit in slides for slide in unit if slide in seen]
+    trained_on = {*model.trained_on("train"), *model.trained_on("val")}
+    here = [slide for slide in slides if slide in trained_on]
     return [f"{len(here)} of these slides have names that {model.name} was trained on: {here[0]}"] if here else []

@@ -25,6 +25,7 @@ from heads.tasks import Task, task_of
 
 from .draw import heatmap, save_png
 from .errors import BrokenBag, UsageError
+from .quadtree import QuadTree
 from .saving import Saving
 from .store import BagStore, SlideGroup, read_attrs, short_name
 from .verdict import answer, array_name, cells, columns, words
@@ -187,21 +188,23 @@ def predict_stored(store: BagStore, slide: str, model: Model) -> np.ndarray:
 
     Raises BrokenBag if its features are missing, damaged or not those that the model was trained on.
     """
-    group = store.group(slide)
-    key = matching_features(group, model)
+    return store_prediction(store.group(slide), model, prediction_of(store, slide, model), store.root)
+
+
+def prediction_of(store: BagStore, slide: str, model: Model) -> Prediction:
+    """The stored features of a slide through the head; nothing is written. Raises BrokenBag as `predict_stored`."""
+    key = matching_features(store.group(slide), model)
     try:
-        bag = store.bag(slide, key)
-        prediction = predict_slide(model, bag)
+        return predict_slide(model, store.bag(slide, key))
     except (BadBag, ValueError) as error:
         raise BrokenBag(slide, "predict", str(error)) from error
-    return store_prediction(group, model, prediction, store.root)
 
 
 def store_prediction(group: SlideGroup, model: Model, prediction: Prediction, out: Path, **attrs: Any) -> np.ndarray:
     """A picture of the finest tiles; then the scores of the level(s) that the head read. Returns the answer."""
     values = answer(model.task, prediction.logits)
     tree = group.tree()
-    levels = [k for k, part in enumerate(tree.levels) if model.level is None or abs(part.mpp / model.level - 1) < 0.01]
+    levels = levels_read(tree, model)
     finest = prediction.tiles[-1].weight.numpy()
     verdict = f"{model.name}: {words(model.task, model.classes, values, model.threshold)}"
     caption = f"{group.slide}   {verdict}   colour: rank of the attention"
@@ -214,6 +217,11 @@ def store_prediction(group: SlideGroup, model: Model, prediction: Prediction, ou
     about = {"classes": model.classes, "levels": levels, "feature_hash": model.about["feature_hash"]}
     group.write_prediction(model.name, arrays, **about, **attrs)
     return values
+
+
+def levels_read(tree: QuadTree, model: Model) -> list[int]:
+    """The levels of a slide that have scores, coarse → fine: that of a flat head, or all."""
+    return [k for k, part in enumerate(tree.levels) if model.level is None or abs(part.mpp / model.level - 1) < 0.01]
 
 
 def stored_answer(group: SlideGroup, model: Model) -> np.ndarray:

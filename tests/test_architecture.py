@@ -61,6 +61,7 @@ ORDER = (
         "folds",
     ),
     *("bags", "cohort", "curves", "evaluation", "external", "learning", "judging", "training", "comparison", "probing"),
+    *("annotations", "overlap", "looks", "localisation"),
     *("demo", "doctor"),
     "cli",
 )

@@ -5,20 +5,23 @@ import re
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from pipeline import batch, cli, doctor, output, probing, training
+from heads.metrics import Interval
+from pipeline import batch, cli, doctor, localisation, output, probing, training
 from pipeline import comparison as comparing
 from pipeline.comparison import Comparison
 from pipeline.config import Config
 from pipeline.errors import BrokenBag, RunStopped, UsageError
+from pipeline.localisation import Evaluated, Row, evaluate
 from pipeline.meter import Meter
 from pipeline.outcome import Outcome, Report
 from pipeline.saving import Saving
 from pipeline.training import Trained
 
-COMMANDS = ("run", "train", "compare", "probe", "predict", "status", "doctor", "demo")
+COMMANDS = ("run", "train", "compare", "probe", "predict", "evaluate", "status", "doctor", "demo")
 JUDGED = {
     "--labels",
     "--encoder",
@@ -41,6 +44,7 @@ OWN_FLAGS = {
     "probe": {"--knn", "--linear", "--pooling", "--model", "-m", "--level", *JUDGED},
     "predict": {"--model", "-m", "--out", "-o", "--folds", "--zoom", "--labels", "--target", "--group", "--weights",
                 "--mpp-csv", "--workers", "--scheduler"},
+    "evaluate": {"--model", "-m", "--annotations", "-a", "--folds", "--threshold", "--score", "--patients"},
     "status": set(),
     "doctor": {"--encoder", "-e", "--weights"},
     "demo": {"--slides", "--seed"},
@@ -280,6 +284,31 @@ def test_predict_hands_on_only_what_was_given(monkeypatch):
     assert {k: v for k, v in calls[1][1].items() if k != "progress"} == {"weights": "w.pt", "workers": 2}
     main(monkeypatch, "predict", "slides", "-o", "new", "-m", "m", "--zoom")
     assert {k: v for k, v in calls[2][1].items() if k != "progress"} == {"zoom": True}
+
+
+def test_evaluate_hands_everything_on(monkeypatch, capsys):
+    seen = []
+    rows = (
+        Row(Outcome("a", "done"), "a.xml", {"tiles": 4, "looked_at": 3, "positive": 2}),
+        Row(Outcome("b", "failed")),
+    )
+    means = {"auc_raw": Interval(0.5, 0.25, 0.75), "dice_20": Interval(0.125, np.nan, np.nan)}
+    answer = Evaluated(Path("f"), rows, means, {"auc_raw": 7, "dice_20": 1}, ("odd",))
+    monkeypatch.setattr(localisation, "evaluate", lambda *given, **options: seen.append((given, options)) or answer)
+    flags = "-m m -m n -a masks --folds --threshold 0.25 --score raw --patients p.csv"
+    assert main(monkeypatch, "evaluate", "out", *flags.split()) == 3
+    main(monkeypatch, "evaluate", "out", "--model", "m", "--annotations", "masks")
+    real = inspect.signature(evaluate).parameters
+    assert seen[0] == (
+        (Path("out"), ["m", "n"], Path("masks")),
+        {"folds": True, "threshold": 0.25, "score": "raw", "patients": Path("p.csv")},
+    )
+    assert seen[1][1] == {name: real[name].default for name in seen[1][1]}
+    text = capsys.readouterr().out
+    assert "note: odd" in text
+    assert "1 slides with annotations, 0 without; 2 of 4 tiles are positive, 3 were looked at" in text
+    assert re.search(r"^auc_raw +0\.500  0\.250 to 0\.750 +7$", text, re.MULTILINE)
+    assert re.search(r"^dice +- +0\.125 +- +- +- +-$", text, re.MULTILINE)
 
 
 def test_predict_tells_what_zooming_saved(monkeypatch, capsys):

@@ -2,10 +2,13 @@
 
 import csv
 
+import cv2
 import numpy as np
 import pytest
+from skimage.color import rgb2hed
 
 from pipeline import find_tissue, open_slide
+from pipeline.annotations import read_annotation
 from pipeline.batch import Silent
 from pipeline.demo import make_slides, run_demo, write_slide
 
@@ -23,7 +26,22 @@ def test_slides_are_what_they_say(tmp_path):
             assert slide.vendor == "aperio"
             assert len(slide.levels) == 3
             assert 0.2 < find_tissue(slide).image.mean() < 0.6
+            found = tmp_path / f"annotations/{row['slide']}".replace(".svs", ".geojson")
+            assert found.exists() == (row["label"] == "positive")
+            if found.exists():
+                brown = _brown(slide)
+                nests = read_annotation(found, slide.size, slide.mpp).image
+                nests = cv2.resize(nests.astype(np.uint8), brown.shape[::-1], interpolation=cv2.INTER_NEAREST) > 0
+                assert brown[nests].mean() > 0.5
+                assert brown[~cv2.dilate(nests.astype(np.uint8), np.ones((9, 9))).astype(bool)].mean() < 0.001
     assert scales == {0.25, 0.5}
+
+
+def _brown(slide) -> np.ndarray:
+    """(h, w) bool of the coarsest level: more DAB than tissue has outside of nests."""
+    level = slide.levels[-1]
+    pixels = cv2.blur(slide.read(0, 0, 2, level.width, level.height), (5, 5))
+    return rgb2hed(pixels)[..., 2] > 0.03
 
 
 def test_the_same_seed_makes_the_same_bytes(tmp_path):

@@ -11,7 +11,7 @@ from heads.metrics import measure
 from heads.tasks import Classification
 from pipeline.batch import predict
 from pipeline.errors import UsageError
-from pipeline.external import evaluate
+from pipeline.external import evaluate_labels
 from pipeline.prediction import choose_models, load_model, predict_slide
 from pipeline.training import train
 
@@ -44,7 +44,7 @@ def others(tmp_path):
 
 def test_metrics_with_the_threshold_of_the_training(there, others):
     trained = train(there, there / "labels.csv", **QUICK)
-    found = evaluate(others, others / "labels.csv", trained.folder)
+    found = evaluate_labels(others, others / "labels.csv", trained.folder)
     model = load_model(trained.folder)
     files = sorted(others.glob("*.npy"))
     p = np.stack([predict_slide(model, Bag.flat(np.load(f))).logits.double().softmax(-1).numpy() for f in files])
@@ -61,7 +61,7 @@ def test_metrics_with_the_threshold_of_the_training(there, others):
 def test_a_table_with_one_class_only_keeps_the_models_order(there, others):
     trained = train(there, there / "labels.csv", **QUICK)
     (others / "some.csv").write_text("slide,label\n" + "".join(f"s{i:02},pos\n" for i in (1, 3, 5)))
-    found = evaluate(others, others / "some.csv", trained.folder)
+    found = evaluate_labels(others, others / "some.csv", trained.folder)
     assert set(found["pooled"]) == {"accuracy", "ece", "ece_with_temperature"}
 
 
@@ -69,7 +69,7 @@ def test_a_class_that_the_model_does_not_know_is_refused(there, others):
     trained = train(there, there / "labels.csv", **QUICK)
     (others / "some.csv").write_text("slide,label\ns01,poss\n")
     with pytest.raises(UsageError, match=r"unknown class 'poss'\. Did you mean 'pos'"):
-        evaluate(others, others / "some.csv", trained.folder)
+        evaluate_labels(others, others / "some.csv", trained.folder)
 
 
 def test_other_features_are_refused(there, tmp_path):
@@ -79,7 +79,7 @@ def test_other_features_are_refused(there, tmp_path):
     np.save(wide / "a.npy", np.zeros((3, DIM + 1), np.float32))
     (wide / "labels.csv").write_text("slide,label\na,pos\n")
     with pytest.raises(UsageError, match="trained on other features"):
-        evaluate(wide, wide / "labels.csv", trained.folder)
+        evaluate_labels(wide, wide / "labels.csv", trained.folder)
 
 
 def test_the_mean_of_folds_and_of_models(there):
@@ -104,7 +104,7 @@ def test_the_mean_of_folds_and_of_models(there):
     assert both.threshold == pytest.approx(
         np.mean([load_model(there / "models" / n).threshold for n in ("one", "two")])
     )
-    assert evaluate(there, there / "labels.csv", ["one", "two"])["warnings"][0].startswith("16 of these slides")
+    assert evaluate_labels(there, there / "labels.csv", ["one", "two"])["warnings"][0].startswith("16 of these slides")
 
 
 def test_models_that_differ_are_not_averaged(there):
