@@ -83,10 +83,11 @@ class Evaluated:
         for name, value in self.means.items():
             if not name.startswith(("dice", "annotated")):
                 lines.append(f"{name:22} {value.value:7.3f}  {span(value._asdict()):16}  {self.slides[name]:>6}")
-        lines += ["", f"{'top % of the tiles':22} " + "  ".join(f"{k:>5}" for k in SHARES)]
+        lines += ["", f"{'top % of the tiles':22} " + "  ".join(f"{k:>5}" for k in SHARES) + "  slides"]
         for name in ("dice", "dice_inside"):
             each = [self.means.get(f"{name}_{k}") for k in SHARES]
-            lines.append(f"{name:22} " + "  ".join("    -" if one is None else f"{one.value:5.3f}" for one in each))
+            cells = "  ".join("    -" if one is None else f"{one.value:5.3f}" for one in each)
+            lines.append(f"{name:22} {cells}  {self.slides.get(f'{name}_{SHARES[0]}', 0):>6}")
         return lines
 
     def _failures(self) -> list[Outcome]:
@@ -212,7 +213,7 @@ def _means(rows: Sequence[Row], patients: Mapping[str, str]) -> tuple[dict[str, 
 
     def means(drawn: np.ndarray) -> Metrics:
         counts, sums = known[drawn].sum(axis=0), np.where(known[drawn], table[drawn], 0.0).sum(axis=0)
-        return {name: sums[i] / counts[i] for i, name in enumerate(MEANS) if counts[i]}
+        return {name: float(sums[i] / counts[i]) for i, name in enumerate(MEANS) if counts[i]}
 
     found = intervals(means(np.arange(len(rows))), bootstrap(means, groups))
     for i, name in enumerate(MEANS):

@@ -1,4 +1,7 @@
-"""Every command and code block of the README runs. Commands of containers run here as what is inside them would."""
+"""Every command and code block of the README and of docs/evaluate.md runs.
+
+Commands of containers run here as what is inside them would.
+"""
 
 import re
 import shlex
@@ -11,12 +14,13 @@ import pytest
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```(bash|python)\n(.*?)```", TEXT, re.DOTALL)
+EVALUATE = re.findall(r"```(bash|python)\n(.*?)```", (ROOT / "docs/evaluate.md").read_text(), re.DOTALL)
 BIN = Path(sys.executable).parent
 
 
-def lines(kind: str) -> list[str]:
+def lines(kind: str, blocks: list[tuple[str, str]] = BLOCKS) -> list[str]:
     return [
-        line.split("  #")[0].strip() for k, block in BLOCKS if k == kind for line in block.splitlines() if line.strip()
+        line.split("  #")[0].strip() for k, block in blocks if k == kind for line in block.splitlines() if line.strip()
     ]
 
 
@@ -50,6 +54,21 @@ def test_commands_in_their_order(place):
             words = shlex.split(line)
             done = subprocess.run([BIN / words[0], *words[1:]], cwd=place, capture_output=True, text=True)
             assert done.returncode == 0, f"{line}\n{done.stdout}{done.stderr}"
+
+
+def test_the_page_on_annotations(place):
+    """The demo's head finds the nests that it was not told of."""
+    first, command = lines("bash", EVALUATE)
+    assert first == "slidestream demo"
+    words = shlex.split(command)
+    done = subprocess.run([BIN / words[0], *words[1:]], cwd=place, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert float(re.search(r"auc_weight +(\S+)", done.stdout).group(1)) >= 0.8
+    (code,) = (block for kind, block in EVALUATE if kind == "python")
+    (place / "annotated.py").write_text(code)
+    done = subprocess.run([sys.executable, "annotated.py"], cwd=place, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.fullmatch(r"Interval\(value=.*\) 12", done.stdout.strip())
 
 
 def test_container_commands(place):

@@ -293,7 +293,7 @@ def test_evaluate_hands_everything_on(monkeypatch, capsys):
         Row(Outcome("b", "failed")),
     )
     means = {"auc_raw": Interval(0.5, 0.25, 0.75), "dice_20": Interval(0.125, np.nan, np.nan)}
-    answer = Evaluated(Path("f"), rows, means, {"auc_raw": 7, "dice_20": 1}, ("odd",))
+    answer = Evaluated(Path("f"), rows, means, {"auc_raw": 7, "dice_10": 0, "dice_20": 1}, ("odd",))
     monkeypatch.setattr(localisation, "evaluate", lambda *given, **options: seen.append((given, options)) or answer)
     flags = "-m m -m n -a masks --folds --threshold 0.25 --score raw --patients p.csv"
     assert main(monkeypatch, "evaluate", "out", *flags.split()) == 3
@@ -308,7 +308,7 @@ def test_evaluate_hands_everything_on(monkeypatch, capsys):
     assert "note: odd" in text
     assert "1 slides with annotations, 0 without; 2 of 4 tiles are positive, 3 were looked at" in text
     assert re.search(r"^auc_raw +0\.500  0\.250 to 0\.750 +7$", text, re.MULTILINE)
-    assert re.search(r"^dice +- +0\.125 +- +- +- +-$", text, re.MULTILINE)
+    assert re.search(r"^dice +- +0\.125 +- +- +- +- +0$", text, re.MULTILINE)
 
 
 def test_predict_tells_what_zooming_saved(monkeypatch, capsys):

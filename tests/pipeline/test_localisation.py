@@ -17,7 +17,7 @@ from pipeline.cli import main
 from pipeline.demo import write_slide
 from pipeline.draw import ANNOTATED, MARGIN
 from pipeline.errors import UsageError
-from pipeline.localisation import COLUMNS, COUNTS, MEANS, evaluate
+from pipeline.localisation import COLUMNS, COUNTS, MEANS, RATES, evaluate
 from pipeline.prediction import save_model
 from pipeline.quadtree import build_quadtree
 from pipeline.readers import open_slide
@@ -33,17 +33,19 @@ from heads import Bag, Head, Prediction, TileScores
 
 
 class Planted(Head):
-    """A tile's one feature is its raw score."""
+    """A tile's one feature is its raw score. energy: of bags, as HATNet has them."""
 
-    def __init__(self, dim, classes):
-        super().__init__(dim, classes)
+    def __init__(self, dim, classes, *, energy=()):
+        super().__init__(dim, classes, energy=energy)
         self.logits = torch.nn.Parameter(torch.zeros(classes))
 
     def forward(self, bag):
         self.check(bag)
         raw = bag.valid_features[:, 0]
         tiles = TileScores.place(bag.valid, raw, raw.softmax(0))
-        return Prediction(self.logits, raw.mean()[None], (tiles,))
+        energy = self.options["energy"]
+        parts = {"bag_energy": torch.tensor(energy)} if energy else {}
+        return Prediction(self.logits, raw.mean()[None], (tiles,), parts=parts)
 
 
 build = Planted
@@ -150,6 +152,25 @@ def test_figures_of_a_slide_are_those_that_were_planted(planted, name):
     means = planted.summary()["means"]
     assert means["dice_20"] == {"value": pytest.approx(12 / 18), "low": None, "high": None, "slides": 1}
     assert "hit_rate" not in means
+
+
+def test_the_hit_rate_of_chosen_regions(planted):
+    """2 × 2 bags of 5 × 3 tiles, of which the head chooses two; 6 of the 15 tiles of the first are annotated."""
+    path = planted.out / "models/planted/model.json"
+    about = json.loads(path.read_text()) | {"options": {"energy": [4.0, 1.0, 2.0, 3.0]}}
+    path.write_text(json.dumps(about))
+    planted.slide("a.svs", CORNER)
+    planted.slide("b.svs", CORNER)
+    planted.annotate("a.geojson", CORNER)
+    planted.annotate("b.geojson", (5, 0, 10, 6))
+    found = planted.evaluate(threshold=0.4)
+    rows = planted.table()
+    assert [rows["a.svs"][name] for name in (*COUNTS[3:], *RATES)] == ["4", "2", "0.5", "0.25", "0.5", "0.25"]
+    assert [rows["b.svs"][name] for name in RATES] == ["0.5"] * 4
+    assert found.means["hit_rate_of_all"].value == pytest.approx(0.375)
+    assert any(line.split()[:2] == ["hit_rate", "0.500"] for line in found.lines())
+    planted.evaluate()
+    assert [planted.table()["a.svs"][name] for name in RATES] == ["0.5", "0.25", "0", "0"]
 
 
 def test_a_shifted_annotation_lowers_the_figures(planted):
