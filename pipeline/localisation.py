@@ -27,11 +27,13 @@ from .store import BagStore, SlideGroup, short_name
 from .tables import SlideNames, read_table
 
 SCORES = ("weight", "raw")
-COUNTS = ("tiles", "looked_at", "positive", "regions", "chosen")  # of a row: told, but no figure to be averaged
+TILES, REGIONS = ("tiles", "looked_at", "positive"), ("regions", "chosen")
+COUNTS = TILES + REGIONS  # of a row: told, but no figures to be averaged
 RATES = ("hit_rate", "hit_rate_of_all", "positive_rate", "positive_rate_of_all")
-MEANS = ("annotated_share", "annotated_in_tiles", *(f"auc_{score}" for score in SCORES))
-MEANS += (*(f"dice_{k}" for k in SHARES), *(f"dice_inside_{k}" for k in SHARES), *RATES)
-COLUMNS = ("slide", "status", "annotation", *COUNTS[:3], *MEANS[: -len(RATES)], *COUNTS[3:], *RATES, "message")
+OF_TILES = ("annotated_share", "annotated_in_tiles", *(f"auc_{score}" for score in SCORES))
+OF_TILES += (*(f"dice_{k}" for k in SHARES), *(f"dice_inside_{k}" for k in SHARES))
+MEANS = OF_TILES + RATES
+COLUMNS = ("slide", "status", "annotation", *TILES, *OF_TILES, *REGIONS, *RATES, "message")
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,7 @@ class Evaluated:
         """A readable table: each mean with its interval; Dice with a column for each share of tiles."""
         counts = Report(tuple(row.outcome for row in self.rows)).counts
         known = [row.figures for row in self.rows if row.figures is not None]
-        tiles, looked, positive = (int(sum(figures[name] for figures in known)) for name in COUNTS[:3])
+        tiles, looked, positive = (int(sum(figures[name] for figures in known)) for name in TILES)
         lines = [f"failed  {o.slide}\n        {o.stage}: {o.message}" for o in self._failures()]
         lines += [
             f"{counts['done']} slides with annotations, {counts.get('skipped', 0)} without; {positive} of {tiles} "

@@ -17,7 +17,7 @@ from pipeline.cli import main
 from pipeline.demo import write_slide
 from pipeline.draw import ANNOTATED, MARGIN
 from pipeline.errors import UsageError
-from pipeline.localisation import COLUMNS, COUNTS, MEANS, RATES, evaluate
+from pipeline.localisation import COLUMNS, COUNTS, MEANS, RATES, REGIONS, evaluate
 from pipeline.prediction import save_model
 from pipeline.quadtree import build_quadtree
 from pipeline.readers import open_slide
@@ -165,7 +165,7 @@ def test_the_hit_rate_of_chosen_regions(planted):
     planted.annotate("b.geojson", (5, 0, 10, 6))
     found = planted.evaluate(threshold=0.4)
     rows = planted.table()
-    assert [rows["a.svs"][name] for name in (*COUNTS[3:], *RATES)] == ["4", "2", "0.5", "0.25", "0.5", "0.25"]
+    assert [rows["a.svs"][name] for name in (*REGIONS, *RATES)] == ["4", "2", "0.5", "0.25", "0.5", "0.25"]
     assert [rows["b.svs"][name] for name in RATES] == ["0.5"] * 4
     assert found.means["hit_rate_of_all"].value == pytest.approx(0.375)
     assert any(line.split()[:2] == ["hit_rate", "0.500"] for line in found.lines())
