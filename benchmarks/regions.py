@@ -2,10 +2,10 @@
 
     python benchmarks/regions.py ../shared/data/tiles/GlaS --out benchmarks/out/regions
 
-Fields of 775 × 522 px at 0.62 µm/px (GlaS: Sirinukunwattana et al., Medical Image Analysis 2017), each taken as a slide;
-the fields of a patient are never parted. hatnet, hvit, abmil and longmil read features of lab_lbp, tiles of 32 px;
-scorenet the pixels. One `compare` on the same folds. The pixels are 1.6 million weights on two dozen images: nothing was
-pre-trained, which the paper says scorenet needs.
+Fields of 775 × 522 px at 0.62 µm/px (GlaS: Sirinukunwattana et al., Medical Image Analysis 2017), each taken as a
+slide; those of a patient are never parted. hatnet, hvit, abmil and longmil read features of lab_lbp, tiles of 32 px;
+scorenet the pixels. One `compare` on the same folds. scorenet has 1.8 million weights for two dozen images, and nothing
+was pre-trained, which its authors say it needs.
 """
 
 import argparse

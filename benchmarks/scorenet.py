@@ -4,9 +4,9 @@
     python benchmarks/scorenet.py area
     python benchmarks/scorenet.py stream benchmarks/out/slides/big_0.svs
 
-speed: images of 1536 × 2048 px, in memory, one at a time, in turn; the plain ViT is ScoreNet's own ViT-tiny (width 96, 8
-blocks, the same fused attention) on all 12,288 tokens of 16 px. "all places": ScoreNet with k = 192. Decoding such an
-image from JPEG stands apart. area: ScoreNet and the plain ViT against the area of the image. stream: a region of
+speed: images of 1536 × 2048 px, in memory, one at a time, in turn; the plain ViT is ScoreNet's own ViT-tiny (width 96,
+8 blocks, the same fused attention) on all 12,288 tokens of 16 px. "all places": ScoreNet with k = 192. Decoding such
+an image from JPEG stands apart. area: ScoreNet and the plain ViT against the area of the image. stream: a region of
 16,384 × 16,384 px of a slide at its finest level, of which ScoreNet reads the thumbnail and the places it chooses.
 """
 

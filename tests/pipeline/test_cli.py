@@ -145,7 +145,8 @@ def test_train_hands_everything_on(monkeypatch, capsys):
 
     monkeypatch.setattr(training, "train", train)
     flags = "--labels l.csv --head mean --name m --level 1 -e uni --epochs 3 --patience 2 --lr 0.01 --weight-decay 0"
-    options = "--recipe paper --no-augment --mix scoremix --option gated=false --option hidden-size=12 --option way=long --option x='7'"
+    options = "--recipe paper --option gated=false --option hidden-size=12 --option way=long --option x='7'"
+    options += " --no-augment --mix scoremix"
     judged = "--task ordinal --target t --group g --site s --unit patient --cv 3 --splits f --split-by tiles --seeds 2"
     code = main(monkeypatch, "train", "out", *flags.split(), "--seed", "9", *options.split(), *judged.split())
     assert code == 0

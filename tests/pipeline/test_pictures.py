@@ -229,3 +229,24 @@ def test_a_model_of_a_scale_does_not_guess_that_of_images(out, tmp_path):
         predict(images(tmp_path), out / "models/scaled")
     with pytest.raises(UsageError, match="--zoom: scaled reads pixels"):
         predict(images(tmp_path), out / "models/scaled", tmp_path / "out", zoom=True)
+
+
+def test_where_a_head_of_pixels_looked_is_judged(out):
+    """Of 16 places 2 were read in full, of which one is annotated: places chosen by hand."""
+    from pipeline import evaluate
+    from pipeline.looks import look_at
+    from pipeline.prediction import load_model
+
+    trained = train(out, out.parent / "labels.csv", head="scorenet", name="judged", **SCORENET)
+    look = look_at(BagStore(out), "3.tif", load_model(trained.folder))
+    assert look.boxes.shape == look.choice.among.shape == (16, 4)
+    assert look.choice.chosen.shape == (2, 4)
+    assert look.weight.argmax() in [int((look.boxes == box).all(1).argmax()) for box in look.choice.chosen]
+    left, top, width, height = look.choice.chosen[0].astype(int)
+    mask = np.zeros((1024, 1024), np.uint8)
+    mask[top : top + height, left : left + width] = 255
+    (out.parent / "masks").mkdir(exist_ok=True)
+    Image.fromarray(mask).save(out.parent / "masks/3_mask.png")
+    found = evaluate(out, "judged", out.parent / "masks")
+    assert found.means["hit_rate"].value == 0.5
+    assert found.means["hit_rate_of_all"].value == 1 / 16
