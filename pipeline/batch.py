@@ -203,6 +203,7 @@ def predict(
     *,
     zoom: bool = False,
     folds: bool = False,
+    vote: bool = False,
     **options: Any,
 ) -> Report:
     """Predict slides with a trained model.
@@ -210,15 +211,15 @@ def predict(
     source: an output folder of `run` (then its complete slides are predicted), a folder of feature files (likewise, but
     for attention and heatmaps), or slides, whose features are first made in `out` by the model's own recipe. A model
     of pixels reads them from the slides; of a folder of images it writes beside them, if there is no `out`. `model`: a
-    model folder, or a name below OUT/models; several are averaged, with `folds` those of its cross-validation. `zoom`:
-    only tiles below those that the model (hagmil) chooses are encoded; predictions are the same, features are not kept.
-    `options` go to `run` (workers, scheduler, mpp_csv, progress; `weights`, where the model's own file has moved).
+    model folder, or a name below OUT/models; several are averaged, with `folds` those of its cross-validation, or
+    `vote`. `zoom`: only tiles below those that the model (hagmil) chooses are encoded; predictions are the same,
+    features are not kept. `options` go to `run` (workers, scheduler, mpp_csv, progress; `weights`, where the model's own file has moved).
     Writes predictions/<model>.csv (and .zoom.json: what was saved), the attention into the store, and heatmaps.
     Raises UsageError, RunStopped.
     """
     is_store = (Path(source) / "run.json").is_file()
     if not is_store and out is None and not options and not zoom and FeatureFiles.are_in(source):
-        return _predict_files(FeatureFiles(source), model, folds)
+        return _predict_files(FeatureFiles(source), model, folds, vote)
     if not is_store and out is None:
         out = _of_pixels(source, model, folds)
     if is_store and (out is not None or options or zoom):
@@ -227,7 +228,7 @@ def predict(
     from .prediction import choose_models  # torch, which `run` does not need in this process
 
     place = Path(os.path.abspath(source if is_store else out or ""))
-    trained = choose_models(model, place, folds)
+    trained = choose_models(model, place, folds, vote)
     if trained.head.needs.pixels:
         if zoom:
             raise UsageError(f"--zoom: {trained.name} reads pixels, and encodes nothing")
@@ -322,12 +323,12 @@ def _predict_store(out: Path, model: "Model", only: set[str] | None = None) -> R
     return Report(tuple(outcomes), seconds=time.time() - started, saving=total)
 
 
-def _predict_files(files: FeatureFiles, model: str | Path | Sequence[str], folds: bool) -> Report:
+def _predict_files(files: FeatureFiles, model: str | Path | Sequence[str], folds: bool, vote: bool) -> Report:
     """Bags of other tools have no pictures: only the table is written."""
     from .prediction import choose_models, predict_slide, write_predictions
     from .verdict import answer
 
-    started, trained = time.time(), choose_models(model, files.root, folds)
+    started, trained = time.time(), choose_models(model, files.root, folds, vote)
     table: list[tuple[str, Any]] = []
     outcomes = []
     for slide in files.slides():

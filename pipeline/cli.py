@@ -340,6 +340,7 @@ def predict(
     ],
     out: Annotated[Path | None, typer.Option("--out", "-o", help="where features of slides go")] = None,
     folds: Annotated[bool, typer.Option("--folds", help="the mean of the models of its cross-validation")] = False,
+    vote: Annotated[bool, typer.Option("--vote", help="of several models, the class that most of them say")] = False,
     zoom: Annotated[
         bool, typer.Option("--zoom", help="encode only tiles below those that the model (hagmil) chooses")
     ] = False,
@@ -369,7 +370,7 @@ def predict(
         raise UsageError("--labels needs the features of all tiles, which --zoom does not make: leave one of them out")
     given = {"weights": weights, "mpp_csv": mpp_csv, "workers": workers, "scheduler": scheduler}
     options: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
-    options |= {name: True for name, wanted in (("zoom", zoom), ("folds", folds)) if wanted}
+    options |= {name: True for name, wanted in (("zoom", zoom), ("folds", folds), ("vote", vote)) if wanted}
     place = Path(out or source)
     with _Terminal() as terminal:
         options |= {} if out is None else {"progress": terminal}
@@ -380,7 +381,7 @@ def predict(
     if labels is not None:
         from .external import evaluate_labels
 
-        _tell_metrics(evaluate_labels(place, labels, model, folds=folds, target=target, group=group))
+        _tell_metrics(evaluate_labels(place, labels, model, folds=folds, vote=vote, target=target, group=group))
     raise typer.Exit(report.exit_code)
 
 

@@ -20,16 +20,17 @@ def evaluate_labels(
     model: str | Path | Sequence[str],
     *,
     folds: bool = False,
+    vote: bool = False,
     target: str = "label",
     group: str = "patient",
 ) -> dict[str, Any]:
     """Metrics with 95 % intervals, the threshold and the temperature as they were chosen in training.
 
     out: an output folder of `run`, or a folder of feature files. `model`: a folder, or a name below OUT/models; several
-    are averaged, with `folds` those of its cross-validation. The table may lack classes of the model, but have no
-    others. Writes OUT/predictions/<model>.metrics.json and .labelled.csv. Raises UsageError.
+    are averaged, with `folds` those of its cross-validation, or `vote`. The table may lack classes of the model, but
+    have no others. Writes OUT/predictions/<model>.metrics.json and .labelled.csv. Raises UsageError.
     """
-    one = choose_models(model, Path(out), folds)
+    one = choose_models(model, Path(out), folds, vote)
     about, kind = one.about, one.about.get("task", {"kind": "classification"})["kind"]
     cohort = read_cohort(
         out,

@@ -110,26 +110,38 @@ def load_model(folder: Path) -> Model:
     return Model(folder.name, head.eval(), about, folder)
 
 
-def choose_models(model: str | Path | Sequence[str], out: Path, folds: bool = False) -> Model:
-    """One model, or several as one: names below OUT/models or folders; `folds`: those of a cross-validation."""
+def choose_models(model: str | Path | Sequence[str], out: Path, folds: bool = False, vote: bool = False) -> Model:
+    """One model, or several as one: names below OUT/models or folders; `folds`: those of a cross-validation. They say
+    the mean of what each says, or `vote`. Raises UsageError."""
     wanted = [model] if isinstance(model, str | Path) else list(model)
-    load = load_folds if folds else load_model
-    found = [load(find_model(one, out)) for one in wanted]
-    return found[0] if len(found) == 1 else average(found, "+".join(one.name for one in found))
+    named = [find_model(one, out) for one in wanted]
+    if not folds:
+        found = [load_model(folder) for folder in named]
+    elif vote:  # each of all the folds has a vote
+        found = [one for folder in named for one in models_of_folds(folder)]
+    else:
+        found = [average(models_of_folds(folder), f"{folder.name}-folds") for folder in named]
+    if len(found) == 1:
+        if vote:
+            raise UsageError(f"--vote: {found[0].name} is one model; several --model, or --folds, can vote")
+        return found[0]
+    names = [f"{folder.name}-folds" for folder in named] if folds else [one.name for one in found]
+    return average(found, "+".join(names) + ("-vote" if vote else ""), vote)
 
 
-def load_folds(folder: Path) -> Model:
-    """The models of a cross-validation as one, which says the mean of what they say."""
+def models_of_folds(folder: Path) -> list[Model]:
+    """Those of its cross-validation."""
     try:
         # not all models below: those of an earlier call with more folds may lie there
         names = [fold["model"] for fold in json.loads((folder / "results.json").read_bytes())["folds"]]
     except (OSError, ValueError, KeyError) as error:
         raise UsageError(f"{folder} holds no models of folds: train with --cv, --splits or --split-by") from error
-    return average([load_model(folder / name) for name in names], f"{folder.name}-folds")
+    return [load_model(folder / name) for name in names]
 
 
-def average(models: Sequence[Model], name: str) -> Model:
-    """Several models as one. Raises UsageError if they do not answer the same question from the same features."""
+def average(models: Sequence[Model], name: str, vote: bool = False) -> Model:
+    """Several models as one, which votes or says the mean. Raises UsageError if they do not answer the same question
+    from the same features."""
     first, *rest = models
     for other in rest:
         for key in ("feature_hash", "classes", "level"):
@@ -138,10 +150,10 @@ def average(models: Sequence[Model], name: str) -> Model:
                     f"{first.name} and {other.name} cannot be averaged: their {key.replace('_', ' ')} differ"
                 )
     try:
-        head = Average([model.head for model in models], [model.task for model in models])
+        head = Average([model.head for model in models], [model.task for model in models], vote)
     except ValueError as error:
         raise UsageError(f"{name}: {error}") from error
-    known = [model.threshold for model in models if model.threshold is not None]
+    known = [model.threshold for model in models if model.threshold is not None and not vote]
     threshold = sum(known) / len(known) if known else None
     seen = [slide for model in models for part in ("train", "val") for slide in model.trained_on(part)]
     own = {"head": "average", "threshold": threshold, "temperature": None}

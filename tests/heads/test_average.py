@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from heads import Bag, load_head
-from heads.average import Average
+from heads.average import Average, _votes
 from heads.tasks import Classification, MultiLabel, Ordinal, Regression, Survival
 
 DIM = 5
@@ -72,3 +72,22 @@ def test_what_cannot_be_averaged_is_refused():
         Average(made(1, [0, 1]), [Regression(), Ordinal(2)])
     with pytest.raises(ValueError, match="Survival cannot be averaged"):
         Average(made(4, [0, 1]), [Survival(4)] * 2)
+
+
+def test_votes_count_heads_and_the_mean_decides_ties_only():
+    """Probabilities of three heads, then of two."""
+    three = torch.tensor([[0.6, 0.3, 0.1], [0.5, 0.4, 0.1], [0.0, 0.9, 0.1]])
+    assert _votes(three).argmax() == 0  # the mean says 1
+    torch.testing.assert_close(_votes(three), torch.tensor([2 / 3, 1 / 3, 0.0]), atol=2e-3, rtol=0)
+    assert _votes(three[1:]).argmax() == 1
+    torch.testing.assert_close(_votes(three).sum(), torch.tensor(1.0))
+
+
+def test_heads_vote(bag):
+    heads = made(3, range(5))
+    said = [int(head(bag).logits.argmax()) for head in heads]
+    out = Average(heads, [Classification(3)] * 5, vote=True).eval()(bag)
+    expected = torch.bincount(torch.tensor(said), minlength=3) / 5
+    torch.testing.assert_close(out.probabilities, expected, atol=2e-3, rtol=0)
+    with pytest.raises(ValueError, match="only classes are voted on, not Regression"):
+        Average(made(1), [Regression()] * 3, vote=True)

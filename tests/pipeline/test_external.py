@@ -107,6 +107,20 @@ def test_the_mean_of_folds_and_of_models(there):
     assert evaluate_labels(there, there / "labels.csv", ["one", "two"])["warnings"][0].startswith("16 of these slides")
 
 
+def test_models_vote(there):
+    train(there, there / "labels.csv", **QUICK, cv=3, name="one")
+    assert predict(there, "one", folds=True, vote=True).exit_code == 0
+    inner = [load_model(folder) for folder in sorted((there / "models/one").glob("fold*"))]
+    rows = (there / "predictions/one-folds-vote.csv").read_text().splitlines()[1:]
+    for row in rows:
+        slide, said, *shares = row.split(",")
+        votes = [predict_slide(one, Bag.flat(np.load(there / f"{slide}.npy"))).logits.argmax() for one in inner]
+        assert said == inner[0].classes[int(np.median(votes))]
+        assert float(shares[1]) == pytest.approx(np.mean(votes), abs=2e-3)
+    with pytest.raises(UsageError, match=r"--vote: one is one model; several --model, or --folds, can vote"):
+        predict(there, "one", vote=True)
+
+
 def test_models_that_differ_are_not_averaged(there):
     train(there, there / "labels.csv", **QUICK, name="one")
     (there / "other.csv").write_text((there / "labels.csv").read_text().replace("pos", "sick"))
