@@ -12,7 +12,11 @@ OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
     "radam": torch.optim.RAdam,
     "sgd": torch.optim.SGD,
 }
-SCHEDULES, KEEP, MIXES = ("constant", "cosine", "step"), ("best", "last", "average5"), ("none", "scoremix")
+SCHEDULES, KEEP, MIXES = (
+    ("constant", "cosine", "step"),
+    ("best", "last", "average5"),
+    ("none", "cutmix", "saliencymix", "scoremix"),
+)
 
 
 @dataclass(frozen=True)
@@ -40,7 +44,7 @@ class Recipe:
     eps: float = 1e-8  # of Adam and its kin
     warmup_epochs: int = 0  # before the schedule begins, in which the rate rises to lr from a thousandth of it
     augment: bool = False  # of heads of pixels: each picture as the head's `augment` makes it
-    mix: str = "none"  # of heads of pixels: half of the pictures have a box of another (heads/scoremix.py)
+    mix: str = "none"  # of heads of pixels: half of the pictures have a box of another (heads/mixing.py)
 
     def __post_init__(self) -> None:
         for name, known in (("optimizer", OPTIMIZERS), ("schedule", SCHEDULES), ("keep", KEEP), ("mix", MIXES)):

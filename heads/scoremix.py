@@ -65,9 +65,12 @@ class ScoreMix:
             return head.loss(head(own), targets[i], task)
         j = (i + 1 + int(torch.randint(len(pictures) - 1, ()))) % len(pictures)
         own, other = own.trimmed(self.edge), pictures[j].to(device).trimmed(self.edge)
-        maps = [self._map(head, picture) for picture in (own, other)]
-        mixed = mix(own.pixels, other.pixels, *maps, edge=self.edge, complement=self.complement)
+        mixed = self.mixed(head, own, other)
         return mixed.loss(head, head(own.of_pixels(mixed.pixels)), targets[i], targets[j], task)
+
+    def mixed(self, head: Head, own: Picture, other: Picture) -> Mixed:
+        maps = [self._map(head, picture) for picture in (own, other)]
+        return mix(own.pixels, other.pixels, *maps, edge=self.edge, complement=self.complement)
 
     def _map(self, head: Head, picture: Picture) -> Tensor:
         training = head.training
@@ -98,11 +101,19 @@ def mix(
     box = draw_box(grid[0], grid[1], generator)
     cut = draw_place(chances(box_sums(source_map.detach(), box)), generator)
     put = draw_place(chances(box_sums(target_map.detach(), box), complement), generator)
+    return paste(target, source, cut, put, box, edge)
+
+
+def paste(
+    target: Tensor, source: Tensor, cut: tuple[int, int], put: tuple[int, int], box: tuple[int, int], edge: int
+) -> Mixed:
+    """The box of the source, at this place of the target; all in places of `edge` pixels."""
     pixels = target.clone()
     (top, left), (height, width) = ((edge * a, edge * b) for a, b in (put, box))
     y, x = edge * cut[0], edge * cut[1]
     pixels[:, top : top + height, left : left + width] = source[:, y : y + height, x : x + width]
-    return Mixed(pixels, 1 - box[0] * box[1] / target_map.numel(), cut, put, box)
+    share = 1 - height * width / (target.shape[1] * target.shape[2])
+    return Mixed(pixels, share, cut, put, box)
 
 
 def draw_box(rows: int, columns: int, generator: torch.Generator | None) -> tuple[int, int]:

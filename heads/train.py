@@ -22,8 +22,8 @@ from torch import Tensor
 
 from .bag import Bag
 from .head import Head
+from .mixing import MIXES
 from .recipe import Lookahead, Recipe, mean_of
-from .scoremix import ScoreMix
 from .tasks import Classification, Task
 
 Labels = Sequence[int] | np.ndarray
@@ -160,7 +160,7 @@ def _step(head: Head, bags: Sequence[Any], targets: Any, task: Task, recipe: Rec
     seen = Augmented(head, bags) if recipe.augment else bags
     if recipe.mix == "none":
         return lambda i: bag_loss(head, seen, targets, i, task)
-    mixing = ScoreMix()
+    mixing = MIXES[recipe.mix]()
     return lambda i: finite(mixing.loss(head, seen, targets, i, task), i, bags[i])
 
 

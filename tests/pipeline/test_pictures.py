@@ -171,8 +171,8 @@ def test_recipes_of_papers_train_on_images(tmp_path):
     assert about["training"]["mix"] == "scoremix"
     assert about["dim"] == 256
     assert predict(tmp_path, "hatnet").exit_code == 0
-    with pytest.raises(UsageError, match="mix must be one of none, scoremix"):
-        train(tmp_path, head="hatnet", mix="cutmix", **options)
+    with pytest.raises(UsageError, match="mix must be one of none, cutmix"):
+        train(tmp_path, head="hatnet", mix="mixup", **options)
 
 
 # -- slides of an output folder --
