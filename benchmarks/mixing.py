@@ -2,9 +2,9 @@
 
     python benchmarks/mixing.py ../shared/data/tiles/CRCHistoPhenotypes
 
-Are there epithelial cells in a field of colon tissue? 99 fields of 500 × 500 px (Sirinukunwattana et al., IEEE TMI 2016;
-9 places of 128 px each), 49 of them without. For each seed 50 train, 17 validate and the others test, the same for
-all; ScoreNet/4/1 from random weights, its augmentations, the weights of the epoch with the lowest validation loss.
+Are there epithelial cells in a field of colon tissue? 99 fields of 500 × 500 px (Sirinukunwattana et al., IEEE TMI
+2016; 9 places of 128 px each), 49 of them without. For each seed 50 train, 17 validate and the others test, the same
+for all; ScoreNet/4/1 from random weights, its augmentations, the weights of the epoch with the lowest validation loss.
 Intervals: 95 %, bootstrap over seeds; differences are paired.
 """
 

@@ -213,8 +213,8 @@ def predict(
     of pixels reads them from the slides; of a folder of images it writes beside them, if there is no `out`. `model`: a
     model folder, or a name below OUT/models; several are averaged, with `folds` those of its cross-validation, or
     `vote`. `zoom`: only tiles below those that the model (hagmil) chooses are encoded; predictions are the same,
-    features are not kept. `options` go to `run` (workers, scheduler, mpp_csv, progress; `weights`, where the model's own
-    file has moved).
+    features are not kept. `options` go to `run` (workers, scheduler, mpp_csv, progress; `weights`, where the model's
+    own file has moved).
     Writes predictions/<model>.csv (and .zoom.json: what was saved), the attention into the store, and heatmaps.
     Raises UsageError, RunStopped.
     """
