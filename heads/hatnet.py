@@ -28,6 +28,7 @@ Parameters (width d): d (D + 1) + 12 d² + 13 d + 16 d² + 21 d + 3 (d² + 7 d /
 2 n⁴ more.
 """
 
+from dataclasses import replace
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -151,6 +152,8 @@ class HATNet(Head):
             at_a_time=at_a_time,
         )
         self.needs = Needs(grid=network is None, pixels=network is not None)
+        if network is None:  # there is no picture to turn
+            self.recipes = {name: replace(recipe, augment=False) for name, recipe in self.recipes.items()}  # type: ignore[misc]
         for name, value, known in (("scope", scope, SCOPES), ("psi", psi, tuple(PSI))):
             if value not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, not {value!r}")

@@ -145,7 +145,7 @@ class ScoreNet(Head):
     recipes: ClassVar = {
         "paper": Recipe(
             optimizer="sgd", lr=3.125e-4, weight_decay=0.0, momentum=0.9, schedule="cosine", final_lr=1e-6, epochs=15,
-            keep="last", class_weights=False, accumulation=8,
+            keep="last", class_weights=False, accumulation=8, augment=True, mix="scoremix",
         )
     }  # fmt: skip
 

@@ -12,7 +12,8 @@ from heads.train import fit
 
 def bags(count: int = 12) -> tuple[list[Bag], np.ndarray]:
     random, labels = np.random.default_rng(0), np.arange(count) % 2
-    return [Bag.flat(random.normal(size=(5, 3)) + label) for label in labels], labels
+    places = {"grid": np.arange(10).reshape(5, 2), "tissue": np.ones(5)}
+    return [Bag.flat(random.normal(size=(5, 3)) + label, **places) for label in labels], labels
 
 
 def make(classes: int = 2):
@@ -31,10 +32,19 @@ def test_recipes_of_papers_can_be_used(name):
     assert ("paper" in recipes) == (name not in {"mean", "max"})
 
 
-@pytest.mark.parametrize("name", ["abmil", "clam_sb", "dsmil", "dtfd", "transmil"])
+@pytest.mark.parametrize("name", ["abmil", "clam_sb", "dsmil", "dtfd", "transmil", "hatnet", "hvit"])
 def test_a_paper_trains(name):
     head, (some, labels) = load_head(name, 3, 2), bags()
-    history = fit(head, some, labels, recipe=head.recipes["paper"], epochs=2, keep_from=0, validation=(some, labels))
+    history = fit(
+        head,
+        some,
+        labels,
+        recipe=head.recipes["paper"],
+        epochs=2,
+        keep_from=0,
+        warmup_epochs=0,
+        validation=(some, labels),
+    )
     assert len(history.train_loss) == 2
 
 
