@@ -28,9 +28,7 @@ def overview(thumbnail: np.ndarray, mask: TissueMask, tree: QuadTree, caption: s
         left, top, right, bottom = np.add(_sides(tree.boxes(k), (x, y)), (inset, inset, -inset, -inset)).T
         corners = np.stack([left, top, right, top, right, bottom, left, bottom], axis=1).reshape(-1, 4, 2)
         cv2.polylines(picture, list(corners), True, colour, 1 if k else 2)
-    image = cv2.resize(mask.image.astype(np.uint8), picture.shape[1::-1], interpolation=cv2.INTER_NEAREST)
-    contours, _ = cv2.findContours(image, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
-    cv2.drawContours(picture, contours, -1, CONTOUR, 2)
+    _draw_contour(picture, mask)
     return whole
 
 
@@ -48,6 +46,42 @@ def heatmap(thumbnail: np.ndarray, mask: TissueMask, boxes: np.ndarray, weight: 
         cv2.rectangle(layer, (left, top), (right, bottom), colour, -1)
     cv2.addWeighted(layer, 0.55, picture, 0.45, 0, dst=picture)
     return whole
+
+
+def overlay(
+    thumbnail: np.ndarray,
+    mask: TissueMask,
+    values: np.ndarray,
+    origin_px: tuple[float, float],
+    cell_px: float,
+    caption: str,
+) -> np.ndarray:
+    """The slide under a map (rows, columns) of square cells, from its least to its largest value; NaN stays as it is.
+
+    origin_px: (x, y) of the map's corner. A pixel has the colour of the cell that its middle lies in.
+    """
+    whole, picture, scale = _canvas(thumbnail, caption)
+    rows, columns = values.shape
+    x, y = (
+        np.floor(((np.arange(side) + 0.5) / scale * fine - corner) / cell_px).astype(int)
+        for side, fine, corner in zip(picture.shape[1::-1], mask.downsample, origin_px, strict=True)
+    )
+    beyond = ((y < 0) | (y >= rows))[:, None] | ((x < 0) | (x >= columns))[None]
+    placed = values[y.clip(0, rows - 1)[:, None], x.clip(0, columns - 1)[None]]
+    placed = np.where(beyond, np.nan, placed)
+    seen = np.isfinite(placed)
+    low, high = np.nanmin(values), np.nanmax(values)
+    grey = (np.nan_to_num(placed - low) / (high - low if high > low else 1) * 255).astype(np.uint8)
+    layer = cv2.applyColorMap(grey, cv2.COLORMAP_VIRIDIS)[..., ::-1]
+    picture[seen] = cv2.addWeighted(np.ascontiguousarray(layer), 0.55, picture, 0.45, 0)[seen]
+    _draw_contour(picture, mask)
+    return whole
+
+
+def _draw_contour(picture: np.ndarray, mask: TissueMask) -> None:
+    image = cv2.resize(mask.image.astype(np.uint8), picture.shape[1::-1], interpolation=cv2.INTER_NEAREST)
+    contours, _ = cv2.findContours(image, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
+    cv2.drawContours(picture, contours, -1, CONTOUR, 2)
 
 
 def _canvas(thumbnail: np.ndarray, caption: str) -> tuple[np.ndarray, np.ndarray, float]:
