@@ -71,8 +71,9 @@ def stitch(
     stride: tiles by which its regions are moved, half a region unless told; below one tile the tiles are encoded anew,
     and how many is said before it begins. gamma: see stitching.py. within_tiles: also the attention of the tile
     encoder, a ViT; again all tiles are encoded. by_foreground: a region's attention times the share of its tiles that
-    was looked at; without, parts of regions with few tiles outshine all others. slides: these only. Writes predictions/<model>.stitched into the store and
-    heatmaps/<model>/<slide>.stitched.png; what is there already is left. Raises UsageError, RunStopped.
+    was looked at; without, parts of regions with few tiles outshine all others. slides: these only. Writes
+    predictions/<model>.stitched into the store and heatmaps/<model>/<slide>.stitched.png; what is there already is
+    left. Raises UsageError, RunStopped.
     """
     started, place, progress = time.time(), Path(os.path.abspath(out)), progress or Silent()
     trained = load_model(find_model(model, place))
@@ -128,9 +129,8 @@ def _chosen(out: Path, wanted: Sequence[str]) -> list[str]:
 
 def _cost(todo: "list[_Sight]", model: Model, wish: Wish) -> str:
     """What is going to be done, in one line."""
-    shifts = wish.shifts
-    count = len(shifts.grids) * len(shifts.whole)
-    moved = f"stitching {len(todo)} slides: {count} shifts of the regions by {shifts.stride:g} tiles each"
+    count = len(wish.shifts.grids) * len(wish.shifts.whole)
+    moved = f"{count} shifts of the regions, by {wish.shifts.stride:g} tiles"
     if not wish.encoded:
         return f"{moved}; stored features are used again, no tile is encoded"
     tiles = wish.encoded * sum(sight.tiles() for sight in todo)

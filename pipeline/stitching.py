@@ -23,6 +23,8 @@ from heads.hvit import HViT
 from .canvas import Canvas
 from .errors import UsageError
 
+ROUNDING = 1e-5  # of means in 32 bits, relative
+
 
 @dataclass(frozen=True)
 class Shifts:
@@ -142,6 +144,7 @@ def stitch_looks(looks: Iterable[Look], shifts: Shifts) -> Maps:
 
 def stretched(values: np.ndarray) -> np.ndarray:
     """Each channel from 0 to 1 over all that was looked at; one that is the same everywhere says nothing and is 1."""
-    low = np.nanmin(values, axis=(1, 2), keepdims=True)
-    spread = np.nanmax(values, axis=(1, 2), keepdims=True) - low
-    return np.where(spread > 0, (values - low) / np.where(spread > 0, spread, 1), values * 0 + 1)
+    low, high = (least(values, axis=(1, 2), keepdims=True) for least in (np.nanmin, np.nanmax))
+    spread = high - low
+    differs = spread > ROUNDING * abs(high)
+    return np.where(differs, (values - low) / np.where(differs, spread, 1), values * 0 + 1)
