@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from pipeline import batch, cli, doctor, output, probing, training
+from pipeline import batch, cli, doctor, mapping, output, probing, training
 from pipeline import comparison as comparing
 from pipeline.comparison import Comparison
 from pipeline.config import Config
@@ -18,7 +18,7 @@ from pipeline.outcome import Outcome, Report
 from pipeline.saving import Saving
 from pipeline.training import Trained
 
-COMMANDS = ("run", "train", "compare", "probe", "predict", "status", "doctor", "demo")
+COMMANDS = ("run", "train", "compare", "probe", "predict", "stitch", "status", "doctor", "demo")
 JUDGED = {
     "--labels",
     "--encoder",
@@ -41,6 +41,7 @@ OWN_FLAGS = {
     "probe": {"--knn", "--linear", "--pooling", "--model", "-m", "--level", *JUDGED},
     "predict": {"--model", "-m", "--out", "-o", "--folds", "--zoom", "--labels", "--target", "--group", "--weights",
                 "--mpp-csv", "--workers", "--scheduler"},
+    "stitch": {"--model", "-m", "--stride", "--gamma", "--within-tiles", "--by-foreground", "--slide"},
     "status": set(),
     "doctor": {"--encoder", "-e", "--weights"},
     "demo": {"--slides", "--seed"},
@@ -286,6 +287,22 @@ def test_predict_tells_what_zooming_saved(monkeypatch, capsys):
     monkeypatch.setattr(batch, "predict", lambda *_, **__: report)
     main(monkeypatch, "predict", "slides", "-o", "new", "-m", "m", "--zoom")
     assert "k = 0.25: 30 of 100 tiles encoded (30%); the encoder was spared about 7.0 s" in capsys.readouterr().out
+
+
+def test_stitch_hands_on_what_was_given(monkeypatch, capsys):
+    calls = []
+    report = Report((Outcome("a", "done"), Outcome("b", "failed", "open", message="it is gone")))
+    monkeypatch.setattr(mapping, "stitch", lambda *given, **options: calls.append((given, options)) or report)
+    assert main(monkeypatch, "stitch", "out", "--model", "m") == 3
+    assert "open: it is gone" in capsys.readouterr().out
+    words = "--stride 0.5 --gamma 0.2 --within-tiles --no-by-foreground --slide a --slide b/c".split()
+    main(monkeypatch, "stitch", "out", "-m", "m", *words)
+    plain = {"stride": None, "gamma": 0.5, "within_tiles": False, "by_foreground": True, "slides": ()}
+    said = {"stride": 0.5, "gamma": 0.2, "within_tiles": True, "by_foreground": False, "slides": ["a", "b/c"]}
+    for (given, options), wanted in zip(calls, (plain, said), strict=True):
+        assert given == (Path("out"), "m")
+        assert {name: value for name, value in options.items() if name != "progress"} == wanted
+    assert main(monkeypatch, "stitch", "out", "-m", "m", "--gamma", "2") == 1
 
 
 @pytest.mark.parametrize(

@@ -16,17 +16,13 @@ from extractors.attention import attending
 from heads import load_head
 from heads.hvit import HEADS, WIDTH, HViT
 from pipeline import mapping
-from pipeline.config import make_config
 from pipeline.demo import write_slide
 from pipeline.draw import MARGIN
 from pipeline.errors import UsageError
-from pipeline.folder import find_slides
 from pipeline.mapping import stitch
-from pipeline.output import write_run
 from pipeline.prediction import load_model, save_model
 from pipeline.readers import open_slide
 from pipeline.regrid import Regrid
-from pipeline.stages import SlideFile, encode, make_recipe, open_encoder, prepare
 from pipeline.store import BagStore, read_attrs
 from pipeline.stream import stream_tiles
 
@@ -35,16 +31,7 @@ pytestmark = pytest.mark.timeout(300)
 SIDE, PX, MPP = 4, 32, 0.5
 WIDE, HIGH, PATCH = 640, 512, 48
 PATCHES = {"a.svs": (130, 100), "b/c.svs": (410, 330), "d.svs": (300, 110)}  # x, y of the middle
-SETTINGS = {
-    "encoder": "lab_lbp",
-    "mpp": MPP,
-    "tile_px": PX,
-    "levels": 3,
-    "min_tissue": 0.0,
-    "min_region_tissue": 0.1,
-    "keep_background": True,
-    "encode_levels": "finest",
-}
+SETTINGS = {"preset": "hvit", "encoder": "lab_lbp", "mpp": MPP, "tile_px": PX, "levels": 3, "remove_pen": False}
 
 
 def picture(patch: tuple[int, int] | None) -> np.ndarray:
@@ -67,30 +54,15 @@ def slides(tmp_path_factory) -> Path:
     return folder
 
 
-def extract(slides: Path, out: Path, **settings) -> Path:
-    """What `run` makes, in this process."""
-    config = make_config(**SETTINGS | {"remove_pen": False} | settings)
-    encoder = open_encoder(config)
-    recipe = make_recipe(config, encoder)
-    folder = find_slides(slides, out)
-    files = [SlideFile(name, path) for name, path in folder.files.items()]
-    prepared = [(file, prepare(file, recipe, out)) for file in files]
-    assert [row.status for _, row in prepared] == ["ready"] * len(files)
-    rows = encode(prepared, encoder.load(precision="fp32"), out, recipe)
-    assert [row.status for row, _ in rows] == ["done"] * len(files)
-    write_run(out, folder, recipe)
-    return out
+@pytest.fixture(scope="module")
+def stored(extract, slides, tmp_path_factory) -> Path:
+    return extract(slides, tmp_path_factory.mktemp("out"), **SETTINGS)
 
 
 @pytest.fixture(scope="module")
-def stored(slides, tmp_path_factory) -> Path:
-    return extract(slides, tmp_path_factory.mktemp("out"))
-
-
-@pytest.fixture(scope="module")
-def moved(slides, tmp_path_factory) -> Path:
+def moved(extract, slides, tmp_path_factory) -> Path:
     """Of a tree that begins elsewhere."""
-    return extract(slides, tmp_path_factory.mktemp("moved"), origin=(-37.5, 21.25))
+    return extract(slides, tmp_path_factory.mktemp("moved"), **SETTINGS, origin=(-37.5, 21.25))
 
 
 @pytest.fixture
@@ -344,7 +316,7 @@ def test_tiles_of_a_tiler_cannot_be_moved_by_parts(out):
     assert "chosen by some:tiler, whose grid cannot be moved" in report.failures[0].message
 
 
-def test_attention_within_tiles(tmp_path):
+def test_attention_within_tiles(extract, tmp_path):
     """A ViT of random weights: its map of a tile stands in the cells of this tile."""
     px = 224
     random = np.random.default_rng(0)
@@ -354,7 +326,7 @@ def test_attention_within_tiles(tmp_path):
     weights = tmp_path / "vit.pt"
     torch.save(timm.create_model("vit_tiny_patch16_224", pretrained=False).state_dict(), weights)
     wish = {"encoder": "timm/vit_tiny_patch16_224", "weights": str(weights), "tile_px": px, "precision": "fp32"}
-    out = extract(tmp_path / "slides", tmp_path / "out", **wish, dtype="float32")
+    out = extract(tmp_path / "slides", tmp_path / "out", **SETTINGS | wish, dtype="float32")
     name = model_of(out)
     about = json.loads((out / "models" / name / "model.json").read_bytes())
     about["recipe"]["weights"] = str(weights)

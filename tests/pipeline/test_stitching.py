@@ -104,9 +104,8 @@ def test_eight_tiles_a_side_are_counted_row_by_row():
 def test_overlap_is_the_mean_of_all_shifts(hvit):
     """Tile by tile, slowly."""
     given = bag(first=(3, -2), tissue=np.random.default_rng(1).uniform(size=144).round())
-    found = maps(hvit, given, 2)
+    found, said = maps(hvit, given, 2), [hvit.attention(given, (x, y)) for x in (0, 2) for y in (0, 2)]
     for i, (column, row) in enumerate(given.grid.tolist()):
-        said = [hvit.attention(given, (x, y)) for x in (0, 2) for y in (0, 2)]
         expected = torch.stack([one.tile[:, i] * one.size[i] / SIDE**2 for one in said]).mean(0)
         at = (row - found.low[1], column - found.low[0])
         if not 0 <= at[0] < found.slide.shape[0]:
