@@ -394,10 +394,9 @@ def stitch(
     within_tiles: Annotated[
         bool, typer.Option("--within-tiles", help="also the tile encoder's attention, if it is a ViT; encodes anew")
     ] = False,
-    by_foreground: Annotated[
-        bool,
-        typer.Option("--by-foreground/--no-by-foreground", help="a region with few tiles of tissue counts less"),
-    ] = True,
+    unweighted: Annotated[
+        bool, typer.Option("--unweighted", help="count a region with few tiles of tissue as much as a full one")
+    ] = False,
     slide: Annotated[
         list[str] | None, typer.Option("--slide", help="this slide only; may be repeated [default: all]")
     ] = None,
@@ -411,9 +410,9 @@ def stitch(
     """
     from .mapping import stitch as stitch_slides
 
-    how: dict[str, Any] = {"stride": stride, "gamma": gamma, "within_tiles": within_tiles}
+    how: dict[str, Any] = {"stride": stride, "gamma": gamma, "within_tiles": within_tiles, "unweighted": unweighted}
     with _Terminal() as terminal:
-        report = stitch_slides(out, model, **how, by_foreground=by_foreground, slides=slide or (), progress=terminal)
+        report = stitch_slides(out, model, **how, slides=slide or (), progress=terminal)
     _tell(report, out)
     raise typer.Exit(report.exit_code)
 

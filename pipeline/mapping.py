@@ -62,7 +62,7 @@ def stitch(
     stride: float | None = None,
     gamma: float = 0.5,
     within_tiles: bool = False,
-    by_foreground: bool = True,
+    unweighted: bool = False,
     slides: Sequence[str] = (),
     progress: Progress | None = None,
 ) -> Report:
@@ -70,10 +70,9 @@ def stitch(
 
     stride: tiles by which its regions are moved, half a region unless told; below one tile the tiles are encoded anew,
     and how many is said before it begins. gamma: see stitching.py. within_tiles: also the attention of the tile
-    encoder, a ViT; again all tiles are encoded. by_foreground: a region's attention times the share of its tiles that
-    was looked at; without, parts of regions with few tiles outshine all others. slides: these only. Writes
-    predictions/<model>.stitched into the store and heatmaps/<model>/<slide>.stitched.png; what is there already is
-    left. Raises UsageError, RunStopped.
+    encoder, a ViT; again all tiles are encoded. unweighted: not times the share of a region's tiles that was looked at,
+    so that regions with few tiles outshine all others. slides: these only. Writes predictions/<model>.stitched into
+    the store and heatmaps/<model>/<slide>.stitched.png; what is there already is left. Raises UsageError, RunStopped.
     """
     started, place, progress = time.time(), Path(os.path.abspath(out)), progress or Silent()
     trained = load_model(find_model(model, place))
@@ -81,7 +80,7 @@ def stitch(
     if not 0 <= gamma <= 1:
         raise UsageError(f"gamma lies in 0..1, not {gamma:g}")
     side = head.options["side"]
-    wish = Wish(Shifts(side, half(side) if stride is None else stride), gamma, within_tiles, by_foreground)
+    wish = Wish(Shifts(side, half(side) if stride is None else stride), gamma, within_tiles, not unweighted)
     sights = [_Sight(place, name, trained, wish) for name in _chosen(place, slides)]
     todo = [sight for sight in sights if not sight.is_current()]
     regrid = Regrid(place, trained, within_tiles, progress.tiles) if wish.encoded and todo else None

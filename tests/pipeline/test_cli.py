@@ -41,7 +41,7 @@ OWN_FLAGS = {
     "probe": {"--knn", "--linear", "--pooling", "--model", "-m", "--level", *JUDGED},
     "predict": {"--model", "-m", "--out", "-o", "--folds", "--zoom", "--labels", "--target", "--group", "--weights",
                 "--mpp-csv", "--workers", "--scheduler"},
-    "stitch": {"--model", "-m", "--stride", "--gamma", "--within-tiles", "--by-foreground", "--slide"},
+    "stitch": {"--model", "-m", "--stride", "--gamma", "--within-tiles", "--unweighted", "--slide"},
     "status": set(),
     "doctor": {"--encoder", "-e", "--weights"},
     "demo": {"--slides", "--seed"},
@@ -295,10 +295,10 @@ def test_stitch_hands_on_what_was_given(monkeypatch, capsys):
     monkeypatch.setattr(mapping, "stitch", lambda *given, **options: calls.append((given, options)) or report)
     assert main(monkeypatch, "stitch", "out", "--model", "m") == 3
     assert "open: it is gone" in capsys.readouterr().out
-    words = "--stride 0.5 --gamma 0.2 --within-tiles --no-by-foreground --slide a --slide b/c".split()
-    main(monkeypatch, "stitch", "out", "-m", "m", *words)
-    plain = {"stride": None, "gamma": 0.5, "within_tiles": False, "by_foreground": True, "slides": ()}
-    said = {"stride": 0.5, "gamma": 0.2, "within_tiles": True, "by_foreground": False, "slides": ["a", "b/c"]}
+    words = "out -m m --stride 0.5 --gamma 0.2 --within-tiles --unweighted --slide a --slide b/c"
+    main(monkeypatch, "stitch", *words.split())
+    plain = {"stride": None, "gamma": 0.5, "within_tiles": False, "unweighted": False, "slides": ()}
+    said = {"stride": 0.5, "gamma": 0.2, "within_tiles": True, "unweighted": True, "slides": ["a", "b/c"]}
     for (given, options), wanted in zip(calls, (plain, said), strict=True):
         assert given == (Path("out"), "m")
         assert {name: value for name, value in options.items() if name != "progress"} == wanted

@@ -238,7 +238,7 @@ def test_nothing_is_done_twice(out, monkeypatch):
     stitch(out, name, stride=2, progress=told)
     assert told.todo == 1
     assert {path: path.read_bytes() for path in before} == before, "the same bytes again"
-    for wish in ({"gamma": 0.1}, {"stride": 1}, {"by_foreground": False}):
+    for wish in ({"gamma": 0.1}, {"stride": 1}, {"unweighted": True}):
         stitch(out, name, **{"stride": 2, "slides": ["d.svs"]} | wish, progress=told)
         assert told.todo == 1, wish
     stitch(out, name, stride=2)
