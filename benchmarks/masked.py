@@ -1,4 +1,4 @@
-"""Masked attention beside plain attention, in the hierarchical ViT: what background does, to answers, learning and time.
+"""Masked attention beside plain attention, in the hierarchical ViT: what background does to answers, learning, time.
 
     python benchmarks/masked.py [--seeds 0 1 2 3 4] [--twins 100] [--epochs 4]
 
@@ -34,8 +34,8 @@ from heads.train import fit
 
 OUT = Path(__file__).parent / "out"
 SIDE, DIM, REGIONS = 8, 8, 2
-SICK, AMPLITUDE, DEBRIS, GLASS = 4, 4.0, 12, 3.0
-VALIDATION, TEST, LR = 50, 200, 5e-4
+SICK, AMPLITUDE, DEBRIS, GLASS = 8, 6.0, 12, 3.0
+VALIDATION, TEST, LR = 50, 200, 1e-4
 LARGE, SHARE, REPEATS = 40, 0.2, 7
 
 
@@ -85,22 +85,26 @@ def sparse(random: np.random.Generator) -> Twins:
     tissue[seen] = random.uniform(0.1, 1, len(seen))
     glass = np.flatnonzero(tissue == 0)
     negative = random.normal(size=(count, DIM))
-    negative[glass, -1] -= GLASS
-    negative[random.permutation(glass)[: random.integers(DEBRIS + 1)], 0] += AMPLITUDE
+    negative[glass] = background(len(glass), random)
     positive = negative.copy()
     positive[seen[:SICK], 0] += AMPLITUDE
     return Bag.flat(negative, grid=grid, tissue=tissue), Bag.flat(positive, grid=grid, tissue=tissue)
 
 
 def side_by_side(regions: int) -> np.ndarray:
-    """(regions · 64, 2)"""
-    return np.concatenate([square(SIDE) + (SIDE * i, 0) for i in range(regions)])
+    return np.concatenate([square(SIDE) + np.array([SIDE * i, 0]) for i in range(regions)])
+
+
+def background(count: int, random: np.random.Generator) -> np.ndarray:
+    features = random.normal(size=(count, DIM))
+    features[:, -1] -= GLASS
+    features[random.permutation(count)[: random.integers(DEBRIS + 1)], 0] += AMPLITUDE
+    return features
 
 
 def with_other_background(bag: Bag, random: np.random.Generator) -> Bag:
     features, glass = bag.features.numpy().copy(), bag.tissue.numpy() == 0
-    features[glass] = random.normal(size=(glass.sum(), DIM))
-    features[glass, -1] -= GLASS
+    features[glass] = background(glass.sum(), random)
     return Bag.flat(features, grid=bag.grid, tissue=bag.tissue)
 
 

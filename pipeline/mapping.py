@@ -84,8 +84,8 @@ def stitch(
     sights = [_Sight(place, name, trained, wish) for name in _chosen(place, slides)]
     todo = [sight for sight in sights if not sight.is_current()]
     regrid = Regrid(place, trained, within_tiles, progress.tiles) if wish.encoded and todo else None
-    progress.start(len(sights), len(todo))
     progress.note(_cost(todo, trained, wish))
+    progress.start(len(sights), len(todo))
     outcomes = [sight.row() for sight in sights if sight not in todo]
     meter = Meter()
     for sight in todo:
@@ -127,7 +127,7 @@ def _chosen(out: Path, wanted: Sequence[str]) -> list[str]:
 
 
 def _cost(todo: "list[_Sight]", model: Model, wish: Wish) -> str:
-    """What is going to be done, in one line."""
+    """What is going to be done, in one line, before it is."""
     count = len(wish.shifts.grids) * len(wish.shifts.whole)
     moved = f"{count} shifts of the regions, by {wish.shifts.stride:g} tiles"
     if not wish.encoded:
@@ -217,15 +217,12 @@ class _Sight:
 
     def _looks(self, key: str, tree: QuadTree, regrid: Regrid | None) -> Iterator[Look]:
         """One for each grid of tiles."""
-        wish, stored, span = (
-            self._wish,
-            self._model.choose(BagStore(self._out).bag(self.name, key)),
-            self._level(tree).span_px,
-        )
+        wish, stored = self._wish, self._model.choose(BagStore(self._out).bag(self.name, key))
+        pitch = self._level(tree).span_px / wish.shifts.parts
         for moved in wish.shifts.grids:
             bag, tile = stored, None
             if regrid is not None and (wish.within_tiles or moved != (0, 0)):
-                by_px = (moved[0] * span / wish.shifts.parts, moved[1] * span / wish.shifts.parts)
+                by_px = (moved[0] * pitch, moved[1] * pitch)
                 part = tree if moved == (0, 0) else regrid.tree(self._group, tree, by_px)
                 level = self._level(part)
                 seen = self._seen(level)

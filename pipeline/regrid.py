@@ -40,19 +40,19 @@ class Regrid:
     def __init__(
         self, out: Path, model: Model, within_tiles: bool, on_tiles: Callable[[int, Meter], None] = lambda *_: None
     ) -> None:
+        self._device = "cuda:0" if torch.cuda.is_available() else "cpu"
         run, own = read_run(out), model.about["recipe"]
         wish = {name: own[name] for name in ("encoder", "weights", "force_scale")}
         try:
             config = make_config(**run["recipe"] | wish)
             plain = open_encoder(config)
             self.recipe: Recipe = make_recipe(config, plain)
-            self._encoder = _attending(plain, self.recipe) if within_tiles else plain
+            self._encoder = (_attending(plain, self.recipe) if within_tiles else plain).load(self._device)
         except EncoderError as error:
             raise UsageError(str(error)) from error
         if self.recipe.weights_sha256 != model.about["weights_sha256"]:
             raise UsageError(f"{model.name} was trained on features of other weights than the {plain.weights_words}")
         self._root, self._on_tiles = Path(run["root"]), on_tiles
-        self._device = "cuda:0" if torch.cuda.is_available() else "cpu"
         size = config.batch_size or batch_sizes(out, model.about["encoder_key"]).get(device_name(self._device))
         self._settings = Settings(size, config.readers, torch.get_num_threads(), config.queue_mb << 20)
 

@@ -28,6 +28,7 @@ from pipeline.stream import stream_tiles
 
 pytestmark = pytest.mark.timeout(300)
 
+REAL = Path(__file__).parents[3] / "shared/data/slides/CMU-1-Small-Region.svs"
 SIDE, PX, MPP = 4, 32, 0.5
 WIDE, HIGH, PATCH = 640, 512, 48
 PATCHES = {"a.svs": (130, 100), "b/c.svs": (410, 330), "d.svs": (300, 110)}  # x, y of the middle
@@ -94,20 +95,20 @@ def green() -> tuple[int, float]:
     return int(rises.argmax()), float(rises.max())
 
 
-def model_of(out: Path, name: str = "follow", **options) -> str:
-    group = BagStore(out).group("a.svs")
+def model_of(out: Path, name: str = "follow", slide: str = "a.svs", level: float = MPP, **options) -> str:
+    group = BagStore(out).group(slide)
     key = group.encoders()[0]
-    facts, bag = read_attrs(group.path / "features" / key), BagStore(out).bag("a.svs", key).finest
+    facts, bag = read_attrs(group.path / "features" / key), BagStore(out).bag(slide, key).finest
     about = {
         "head": "hvit",
         "options": {"side": SIDE} | options,
         "dim": bag.dim,
         "classes": ["no", "yes"],
-        "level": MPP,
+        "level": level,
         "encoder_key": key,
         "feature_hash": facts["feature_hash"],
         "weights_sha256": facts["weights_sha256"],
-        "encoded_mpp": [MPP],
+        "encoded_mpp": [level],
         "recipe": json.loads((out / "run.json").read_bytes())["recipe"]
         | {"encoder": facts["encoder"]["name"], "weights": None, "force_scale": False},
     }
@@ -157,6 +158,25 @@ def test_a_bright_patch_is_found_within_one_tile(request, tmp_path, where, strid
         assert abs(np.subtract(at, patch)).max() <= PX, (slide, at, patch)
         assert attrs["cell_px"] == PX * min(stride, 1)
         assert np.nanmedian(found["map"]) < 0.5 * np.nanmax(found["map"])
+
+
+@pytest.mark.skipif(not REAL.exists(), reason=f"{REAL} is not there")
+def test_on_a_real_slide(extract, tmp_path):
+    """H&E at 0.499 µm/px, tiles of 64.1 level-0 px, and the patch put into it at two places."""
+    with open_slide(REAL) as slide:
+        (width, height), mpp = slide.size, slide.mpp
+        pixels = slide.read(0, 0, 0, width, height)
+    patches = {"low.svs": (700, 2500), "high.svs": (1350, 700)}
+    for name, (x, y) in patches.items():
+        changed = pixels.copy()
+        changed[y - 64 : y + 64, x - 64 : x + 64] = (90, 200, 60)
+        write_slide(tmp_path / "slides" / name, changed, mpp, downsamples=(2, 4))
+    out = extract(tmp_path / "slides", tmp_path / "out", **SETTINGS | {"mpp": 1.0, "origin": (-200.0, 11.0)})
+    stitch(out, model_of(out, slide="low.svs", level=1.0), stride=2)
+    for name, patch in patches.items():
+        found, attrs = maps(out, name)
+        assert attrs["cell_px"] == pytest.approx(32 / mpp)
+        assert abs(np.subtract(brightest(found, attrs), patch)).max() <= attrs["cell_px"]
 
 
 def test_the_picture_shows_it_where_it_is(out):
