@@ -37,7 +37,7 @@ class Shifts:
     stride: float
 
     def __post_init__(self) -> None:
-        whole = self.stride >= 1 and self.stride == int(self.stride) and self.side % int(self.stride) == 0
+        whole = 1 <= self.stride <= self.side and self.stride == int(self.stride) and self.side % int(self.stride) == 0
         part = 0 < self.stride < 1 and abs(1 / self.stride - round(1 / self.stride)) < 0.01
         if not whole and not part:
             known = ", ".join(str(n) for n in range(1, self.side + 1) if self.side % n == 0)
@@ -96,15 +96,14 @@ def look(
     by_foreground: a tile's share times the part of its region that was looked at. Else a tile alone in its region has
     all of the attention there, whatever it shows.
     """
-    found = [head.attention(bag, shift) for shift in shifts.whole]
-    parts = [one.size / shifts.side**2 if by_foreground else torch.ones_like(one.size) for one in found]
-    region = torch.stack([one.tile * part for one, part in zip(found, parts, strict=True)]).mean(0)
-    slide = torch.stack([one.region for one in found]).mean(0)
-    seen = slide.isfinite().cpu().numpy()
-    grid = bag.grid.cpu().numpy()[seen]
-    return Look(
-        moved, grid, region.cpu().numpy()[:, seen], slide.cpu().numpy()[seen], None if tile is None else tile[seen]
-    )
+    region, slide = torch.zeros(()), torch.zeros(())
+    for shift in shifts.whole:
+        one = head.attention(bag, shift)
+        region = region + (one.tile * one.size / shifts.side**2 if by_foreground else one.tile)
+        slide = slide + one.region
+    seen, count = slide.isfinite().numpy(), len(shifts.whole)
+    means = (region / count).numpy()[:, seen], (slide / count).numpy()[seen]
+    return Look(moved, bag.grid.numpy()[seen], *means, None if tile is None else tile[seen])
 
 
 @dataclass(frozen=True, eq=False)

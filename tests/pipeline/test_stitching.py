@@ -190,7 +190,7 @@ def test_strides():
     assert [half(side) for side in (1, 2, 5, 8, 16)] == [1, 1, 1, 4, 8]
 
 
-@pytest.mark.parametrize("stride", [3, 16, 0, -1, 1.5, 0.4])
+@pytest.mark.parametrize("stride", [3, 16, 0, -1, 1.5, 0.4, np.inf, np.nan])
 def test_strides_that_do_not_fit(stride):
     with pytest.raises(UsageError, match=r"take 1, 2, 4, 8, or 1/2"):
         Shifts(8, stride)
