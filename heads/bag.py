@@ -241,13 +241,14 @@ class TileScores:
     @classmethod
     def place(cls, valid: Tensor, raw: Tensor, weight: Tensor, per_class: Tensor | None = None) -> "TileScores":
         """Scores of the valid tiles, put back at the rows they came from."""
+        return cls(spread(valid, raw), spread(valid, weight), None if per_class is None else spread(valid, per_class))
 
-        def spread(scores: Tensor) -> Tensor:
-            rows = scores.new_full((*scores.shape[:-1], len(valid)), torch.nan)
-            rows[..., valid] = scores
-            return rows
 
-        return cls(spread(raw), spread(weight), None if per_class is None else spread(per_class))
+def spread(valid: Tensor, scores: Tensor) -> Tensor:
+    """(…, n) of the valid tiles → (…, N), NaN where there is none."""
+    rows = scores.new_full((*scores.shape[:-1], len(valid)), torch.nan)
+    rows[..., valid] = scores
+    return rows
 
 
 @dataclass(frozen=True, eq=False)

@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .bag import BadBag, Bag, Prediction, TileScores
+from .bag import BadBag, Bag, Prediction, TileScores, spread
 from .head import Head, Needs
 from .layers import Attention
 from .recipe import Recipe
@@ -163,13 +163,10 @@ class HViT(Head):
 
     def forward(self, bag: Bag) -> Prediction:
         self.check(bag)
-        side, seen = self.options["side"], self._seen(bag)
-        rows = seen.nonzero()[:, 0]
-        if not len(rows):
-            raise BadBag(f"bag {bag.slide!r} has no tile with more than {self.options['threshold']:g} tissue")
-        regions = regions_of(bag.grid[rows], side)
-        vectors, scores = self._vectors(bag.features[rows], regions)
-        logits, z, raw = self.slide(vectors)
+        seen = self.seen(bag)
+        if not self.options["masked"]:
+            self._require_whole(bag)
+        regions, scores, (logits, z, raw) = self._look(bag, seen, bag.grid)
         weight = raw.softmax(0)
         each = share_of_regions(scores, regions)  # (heads, n)
         per_head = each * weight[regions.of]
@@ -177,19 +174,41 @@ class HViT(Head):
         parts = {"region_attention": each, "regions": regions.place}
         return Prediction(logits, z, (tiles,), (TileScores(raw, weight),), parts)
 
-    def _seen(self, bag: Bag) -> Tensor:
-        if self.options["masked"]:
-            return bag.valid & (bag.tissue > self.options["threshold"])
-        whole, found = (
-            self.options["side"] ** 2,
-            torch.unique(bag.grid // self.options["side"], dim=0, return_counts=True)[1],
-        )
+    @torch.no_grad()
+    def attention(self, bag: Bag, shift: tuple[int, int] = (0, 0)) -> "RegionAttention":
+        """Where it looks when regions begin `shift` (columns, rows) of tiles further right and down.
+
+        Features are those of the bag; only who shares a region changes. Tiles that a region then lacks, beyond the
+        slide or never stored, are background that is not seen, without a mask too: there, at the rim, a head that was
+        trained on whole regions sees parts of some.
+        """
+        self.check(bag)
+        seen = self.seen(bag)
+        regions, scores, (_, _, raw) = self._look(bag, seen, bag.grid - torch.tensor(shift, device=bag.device))
+        parts = share_of_regions(scores, regions), raw.softmax(0)[regions.of], regions.sizes[regions.of].float()
+        return RegionAttention(*(spread(seen, part) for part in parts))
+
+    def seen(self, bag: Bag) -> Tensor:
+        """(N,) bool: the tiles whose features are read."""
+        return bag.valid & (bag.tissue > self.options["threshold"]) if self.options["masked"] else bag.valid
+
+    def _look(self, bag: Bag, seen: Tensor, grid: Tensor) -> tuple["Regions", Tensor, tuple[Tensor, Tensor, Tensor]]:
+        """The regions of the tiles that are seen, the scores in them (heads, n), and what the slide is."""
+        rows = seen.nonzero()[:, 0]
+        if not len(rows):
+            raise BadBag(f"bag {bag.slide!r} has no tile with more than {self.options['threshold']:g} tissue")
+        regions = regions_of(grid[rows], self.options["side"])
+        vectors, scores = self._vectors(bag.features[rows], regions)
+        return regions, scores, self.slide(vectors)
+
+    def _require_whole(self, bag: Bag) -> None:
+        whole = self.options["side"] ** 2
+        found = torch.unique(bag.grid // self.options["side"], dim=0, return_counts=True)[1]
         if bool((found < whole).any()):
             raise BadBag(
                 f"bag {bag.slide!r} has regions of {int(found.min())} tiles instead of {whole}: without a mask their "
                 "background is read, too; run with --preset hvit, which keeps it, or leave masked=false out"
             )
-        return bag.valid
 
     def _vectors(self, features: Tensor, regions: "Regions") -> tuple[Tensor, Tensor]:
         """(n, D) → (M, w) and (heads, n). Regions of about as many tiles go together, the fewest first."""
@@ -209,6 +228,14 @@ class HViT(Head):
             scores = scores.index_put((torch.arange(HEADS)[:, None], at[seen][None]), score.transpose(0, 1)[:, seen])
             start += len(some)
         return torch.cat(vectors)[order.argsort()], scores
+
+
+class RegionAttention(NamedTuple):
+    """Of each of the N tiles of a bag, NaN where the head did not look."""
+
+    tile: Tensor  # (heads, N) its share among the tiles of its region, CLS apart
+    region: Tensor  # (N,) the share of its region in the slide
+    size: Tensor  # (N,) tiles of its region that were looked at
 
 
 class Regions(NamedTuple):

@@ -21,6 +21,7 @@ _HOME = {
     "predict": "batch",
     "probe": "probing",
     "run": "batch",
+    "stitch": "mapping",
     "train": "training",
 }
 

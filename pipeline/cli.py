@@ -424,6 +424,47 @@ def evaluate(
 
 
 @app.command()
+def stitch(
+    out: OutFolder,
+    model: Annotated[str, typer.Option("--model", "-m", help="a model of hvit or hipt: its folder, or its name")],
+    stride: Annotated[
+        float | None,
+        typer.Option(
+            "--stride",
+            help="tiles by which regions are moved: a divisor of their side [default: half of it], or 0.5, 0.25 …, for "
+            "which tiles are encoded anew",
+        ),
+    ] = None,
+    gamma: Annotated[
+        float, typer.Option("--gamma", min=0, max=1, help="what regions count; 1 - gamma: what counts within tiles")
+    ] = 0.5,
+    within_tiles: Annotated[
+        bool, typer.Option("--within-tiles", help="also the tile encoder's attention, if it is a ViT; encodes anew")
+    ] = False,
+    unweighted: Annotated[
+        bool, typer.Option("--unweighted", help="count a region with few tiles of tissue as much as a full one")
+    ] = False,
+    slide: Annotated[
+        list[str] | None, typer.Option("--slide", help="this slide only; may be repeated [default: all]")
+    ] = None,
+) -> None:
+    """Attention of a hierarchical ViT over whole slides, from overlapping regions; writes heatmaps and arrays.
+
+    \b
+    slidestream stitch out/ --model hvit
+    slidestream stitch out/ --model hvit --stride 2 --slide case01
+    slidestream stitch out/ --model hvit --stride 0.5
+    """
+    from .mapping import stitch as stitch_slides
+
+    how: dict[str, Any] = {"stride": stride, "gamma": gamma, "within_tiles": within_tiles, "unweighted": unweighted}
+    with _Terminal() as terminal:
+        report = stitch_slides(out, model, **how, slides=slide or (), progress=terminal)
+    _tell(report, out)
+    raise typer.Exit(report.exit_code)
+
+
+@app.command()
 def status(out: OutFolder) -> None:
     """What is done, empty, failed and waiting in an output folder, also while a run is going.
 

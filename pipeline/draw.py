@@ -69,6 +69,36 @@ def _outline(picture: np.ndarray, mask: TissueMask, colour: tuple[int, int, int]
     cv2.drawContours(picture, contours, -1, colour, 2)
 
 
+def overlay(
+    thumbnail: np.ndarray,
+    mask: TissueMask,
+    values: np.ndarray,
+    origin_px: tuple[float, float],
+    cell_px: float,
+    caption: str,
+) -> np.ndarray:
+    """The slide under a map (rows, columns) of square cells, from its least to its largest value; NaN stays as it is.
+
+    origin_px: (x, y) of the map's corner. A pixel has the colour of the cell that its middle lies in.
+    """
+    whole, picture, scale = _canvas(thumbnail, caption)
+    rows, columns = values.shape
+    x, y = (
+        np.floor(((np.arange(side) + 0.5) / scale * fine - corner) / cell_px).astype(int)
+        for side, fine, corner in zip(picture.shape[1::-1], mask.downsample, origin_px, strict=True)
+    )
+    beyond = ((y < 0) | (y >= rows))[:, None] | ((x < 0) | (x >= columns))[None]
+    placed = values[y.clip(0, rows - 1)[:, None], x.clip(0, columns - 1)[None]]
+    placed = np.where(beyond, np.nan, placed)
+    seen = np.isfinite(placed)
+    low, high = np.nanmin(values), np.nanmax(values)
+    grey = (np.nan_to_num(placed - low) / (high - low if high > low else 1) * 255).astype(np.uint8)
+    layer = cv2.applyColorMap(grey, cv2.COLORMAP_VIRIDIS)[..., ::-1]
+    picture[seen] = cv2.addWeighted(np.ascontiguousarray(layer), 0.55, picture, 0.45, 0)[seen]
+    _outline(picture, mask, CONTOUR)
+    return whole
+
+
 def _canvas(thumbnail: np.ndarray, caption: str) -> tuple[np.ndarray, np.ndarray, float]:
     """A picture with its caption, the part of it that shows the thumbnail, and by how much this is enlarged.
 

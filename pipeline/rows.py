@@ -30,6 +30,33 @@ class Shelf(Protocol):
     def stored_valid(self) -> np.ndarray: ...
 
 
+class Held:
+    """Features of the `wanted` rows (M,) bool of a slide, in memory; in the type in which they would be stored."""
+
+    def __init__(self, key: str, dtype: str, wanted: np.ndarray) -> None:
+        self.key, self.dtype = key, np.dtype(dtype)
+        self._wanted, self._valid = wanted, np.ones(len(wanted), bool)
+        self._parts: dict[int, np.ndarray] = {}
+
+    def missing_rows(self) -> np.ndarray:
+        return self._wanted
+
+    def write_chunk(self, chunk: int, x: np.ndarray, valid: np.ndarray) -> None:
+        rows = slice(chunk * CHUNK_ROWS, chunk * CHUNK_ROWS + len(x))
+        wanted = self._wanted[rows]
+        self._parts[chunk] = x[wanted]
+        self._valid[rows] = valid | ~wanted
+
+    def stored_valid(self) -> np.ndarray:
+        """(M,) bool: False where a tile could not be read; of those that nobody wanted nothing is known."""
+        return self._valid
+
+    def read(self) -> tuple[np.ndarray, np.ndarray]:
+        """x (n, D) and valid (n,) of the wanted rows."""
+        parts = [self._parts[chunk] for chunk in sorted(self._parts)] or [np.zeros((0, 1))]
+        return np.concatenate(parts), self._valid[self._wanted]
+
+
 @dataclass
 class Work:
     """A slide that waits for features: how to open it, its tiles, and the (begun) features they go to."""

@@ -92,25 +92,28 @@ class TileReader:
     def _groups(self) -> Iterator[Block]:
         """Rows of the top level in squares as large as is useful: their rows stand together, in Morton order."""
         part = self.tree.levels[self._top]
-        side, grid = 1, part.grid.tolist()
+        side = 1
         if self.tree.regular and not self.tree.overlap:
             while 2 * side * part.span_px <= GROUP_PX * self._scale:
                 side *= 2
         row = 0
-        while row < len(grid):
+        while row < len(part.grid):
             size = side
-            while size > 1 and not self._is_square(grid, row, size):
+            while size > 1 and not self._is_square(part.grid, row, size):
                 size //= 2
             yield self._square(self._top, row, size)
             row += size * size
 
     @staticmethod
-    def _is_square(grid: list[list[int]], row: int, size: int) -> bool:
-        """True if the size² rows from this one on are all the nodes of one square."""
-        (column, line), last = grid[row], row + size * size - 1
-        if last >= len(grid) or column % size or line % size:
+    def _is_square(grid: np.ndarray, row: int, size: int) -> bool:
+        """True if the size² rows from this one on are all the nodes of one square.
+
+        All are looked at: the Morton order counts from the first node, which need not stand at a multiple of `size`.
+        """
+        rows = grid[row : row + size * size] - grid[row]
+        if len(rows) < size * size or (grid[row] % size).any() or (rows[-1] != size - 1).any():
             return False
-        return grid[last] == [column + size - 1, line + size - 1]
+        return bool((rows >= 0).all() and (rows < size).all())
 
     def _square(self, level: int, row: int, size: int) -> Block:
         column, line = self.tree.levels[level].grid[row].tolist()

@@ -23,6 +23,7 @@ BLACK = 20  # grey values up to here are scanner gaps or borders, JPEG noise inc
 WHITE = 254  # from here on it may be glass, or what a scanner writes where it did not scan
 EVEN = 0.12  # the local standard deviation of ink, relative to its density; that of most tissue is larger
 BAND_PX = 1 << 15  # pixels that are handled at once: some planes of them fit into the cache of a core
+ROUNDING = 1e-6  # mask px: differences of sums over a mask of 10,000 × 10,000 px are exact to 1e-8
 UNDECIDED_UM2 = 1e6  # a region on glass that cannot be read may hide tissue when it is larger
 
 
@@ -53,6 +54,7 @@ class TissueMask:
         fx, fy = self.downsample
         x0, x1, y0, y1 = x / fx, (x + width) / fx, y / fy, (y + height) / fy
         tissue = self._before(x1, y1) - self._before(x0, y1) - self._before(x1, y0) + self._before(x0, y0)
+        tissue = np.where(tissue > ROUNDING, tissue, 0)  # none is none: masked heads see all that has any
         area = (x1 - x0) * (y1 - y0)
         return np.clip(tissue / np.where(area > 0, area, np.inf), 0, 1).astype(np.float32)
 

@@ -22,10 +22,10 @@ from .errors import BrokenBag, CorruptTiles, SlideError, UsageError
 from .meter import Meter
 from .outcome import Outcome, failed
 from .prediction import Model, store_prediction, zoomed
-from .rows import MAX_INVALID, Work, nothing_of
+from .rows import MAX_INVALID, Held, Work, nothing_of
 from .saving import Saving
 from .stages import ZOOMED, Recipe, SlideFile, invalid_words, is_prepared, work_on
-from .store import CHUNK_ROWS, BagStore, SlideGroup
+from .store import BagStore, SlideGroup
 
 WAIT_S = 0.2  # for a slide that comes home, before it is asked whether all is to end
 
@@ -104,33 +104,6 @@ def _first(home: "SimpleQueue[_Visit]", seconds: float) -> "_Visit | None":
         return None
 
 
-class _Held:
-    """Features of the `wanted` rows (M,) bool of a slide, in memory; in the type in which they would be stored."""
-
-    def __init__(self, key: str, dtype: str, wanted: np.ndarray) -> None:
-        self.key, self.dtype = key, np.dtype(dtype)
-        self._wanted, self._valid = wanted, np.ones(len(wanted), bool)
-        self._parts: dict[int, np.ndarray] = {}
-
-    def missing_rows(self) -> np.ndarray:
-        return self._wanted
-
-    def write_chunk(self, chunk: int, x: np.ndarray, valid: np.ndarray) -> None:
-        rows = slice(chunk * CHUNK_ROWS, chunk * CHUNK_ROWS + len(x))
-        wanted = self._wanted[rows]
-        self._parts[chunk] = x[wanted]
-        self._valid[rows] = valid | ~wanted
-
-    def stored_valid(self) -> np.ndarray:
-        """(M,) bool: False where a tile could not be read; of those that nobody wanted nothing is known."""
-        return self._valid
-
-    def read(self) -> tuple[np.ndarray, np.ndarray]:
-        """x (n, D) and valid (n,) of the wanted rows."""
-        parts = [self._parts[chunk] for chunk in sorted(self._parts)] or [np.zeros((0, 1))]
-        return np.concatenate(parts), self._valid[self._wanted]
-
-
 class _Visit:
     """One slide that is zoomed into. It is in the hands of one thread at a time.
 
@@ -198,7 +171,7 @@ class _Visit:
         asked = np.zeros(len(self._tree), bool)
         asked[level.start : level.stop] = descent.wanted.numpy()
         config, wanted = self._recipe.config, asked[self._tree.encoded_rows]
-        self._held = _Held(self._recipe.encoder_key, config.dtype, wanted)
+        self._held = Held(self._recipe.encoder_key, config.dtype, wanted)
         return work_on(self._file, self._group, self._recipe, self._tree, self._held)
 
     @torch.no_grad()

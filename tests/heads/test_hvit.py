@@ -122,6 +122,52 @@ def test_attention_is_of_tissue_only():
     torch.testing.assert_close(by_region, out.regions[0].weight)
 
 
+def test_attention_of_regions_that_begin_where_they_were():
+    head, given = make(), bag()
+    out, found, seen = head(given), head.attention(given), given.tissue > 0
+    assert torch.equal(found.tile[:, seen], out.parts["region_attention"])
+    assert torch.equal(~found.region.isnan(), seen)
+    assert not found.tile.requires_grad
+    regions = regions_of(given.grid[seen], 4)
+    assert torch.equal(found.region[seen], out.regions[0].weight[regions.of])
+    assert torch.equal(found.size[seen].long(), regions.sizes[regions.of])
+    torch.testing.assert_close(found.tile.mean(0)[seen] * found.region[seen], out.tiles[0].weight[seen])
+
+
+@pytest.mark.parametrize("shift", [(1, 0), (0, 3), (2, 1), (-1, 5)])
+def test_attention_of_moved_regions_is_that_of_a_moved_bag(shift):
+    """A region that begins 2 tiles further right cuts tiles as one does whose tiles were moved 2 to the left."""
+    head, given = make(), bag()
+    moved = Bag.flat(given.features, grid=given.grid - torch.tensor(shift), tissue=given.tissue)
+    for found, expected in zip(head.attention(given, shift), head.attention(moved), strict=True):
+        torch.testing.assert_close(found, expected, equal_nan=True)
+    if shift == (2, 1):
+        assert not torch.allclose(head.attention(given, shift).tile, head.attention(given).tile, equal_nan=True)
+
+
+def test_background_gets_no_attention_wherever_regions_begin():
+    head = make()
+    for found, expected in zip(head.attention(bag(background=1e6), (1, 2)), head.attention(bag(), (1, 2)), strict=True):
+        torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
+
+
+def test_without_a_mask_moved_regions_may_lack_tiles():
+    given, head = bag(side=8), make(masked=False)
+    found = head.attention(given, (2, 0))
+    regions = regions_of(given.grid - torch.tensor([2, 0]), 4)
+    assert sorted(regions.sizes.tolist()) == [8, 8, 8, 8, 16, 16]
+    for i in range(6):
+        torch.testing.assert_close(found.tile[:, regions.of == i].sum(1), torch.ones(HEADS))
+    assert torch.equal(found.size.long(), regions.sizes[regions.of])
+
+
+def test_same_attention_with_and_without_mask_where_all_is_tissue():
+    masked, plain, given = make(), make(masked=False), bag(tissue=1.0)
+    plain.load_state_dict(masked.state_dict())
+    for found, expected in zip(plain.attention(given, (1, 1)), masked.attention(given, (1, 1)), strict=True):
+        assert torch.equal(found, expected)
+
+
 @torch.no_grad()
 def test_threshold_of_tissue():
     given = bag()

@@ -1,15 +1,20 @@
-"""What several of these tests need: pixels that are their own address, a naive area mean to judge by, labelled bags."""
+"""What several of these tests need: pixels that are their own address, a naive area mean, features, labelled bags."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from heads.metrics import bootstrap
 from pipeline import evaluation
+from pipeline.config import make_config
+from pipeline.folder import find_slides
+from pipeline.output import write_run
+from pipeline.stages import SlideFile, encode, make_recipe, open_encoder, prepare
 
 
 def _address(width: int, height: int) -> np.ndarray:
@@ -45,6 +50,26 @@ def address() -> Callable[[int, int], np.ndarray]:
 @pytest.fixture(scope="session")
 def area_mean() -> Callable[..., np.ndarray]:
     return _area_mean
+
+
+# --- output folders ---------------------------------------------------------------------------------------------------
+
+
+def _extract(slides: Path, out: Path, **settings: Any) -> Path:
+    """What `run` makes of a folder of slides, in this process. `settings`: those of a Config, and `preset`."""
+    config = make_config(**settings)
+    encoder = open_encoder(config)
+    recipe, folder = make_recipe(config, encoder), find_slides(slides, out)
+    prepared = [(file, prepare(file, recipe, out)) for file in map(SlideFile, folder.files, folder.files.values())]
+    rows = [row for row, _ in encode(prepared, encoder.load(precision="fp32"), out, recipe)]
+    assert [row.status for row in rows] == ["done"] * len(prepared), rows
+    write_run(out, folder, recipe)
+    return out
+
+
+@pytest.fixture(scope="session")
+def extract() -> Callable[..., Path]:
+    return _extract
 
 
 # --- labelled features -----------------------------------------------------------------------------------------------

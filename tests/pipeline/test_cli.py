@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from heads.metrics import Interval
-from pipeline import batch, cli, doctor, localisation, output, probing, training
+from pipeline import batch, cli, doctor, localisation, mapping, output, probing, training
 from pipeline import comparison as comparing
 from pipeline.comparison import Comparison
 from pipeline.config import Config
@@ -21,7 +21,7 @@ from pipeline.outcome import Outcome, Report
 from pipeline.saving import Saving
 from pipeline.training import Trained
 
-COMMANDS = ("run", "train", "compare", "probe", "predict", "evaluate", "status", "doctor", "demo")
+COMMANDS = ("run", "train", "compare", "probe", "predict", "evaluate", "stitch", "status", "doctor", "demo")
 JUDGED = {
     "--labels",
     "--encoder",
@@ -45,6 +45,7 @@ OWN_FLAGS = {
     "predict": {"--model", "-m", "--out", "-o", "--folds", "--vote", "--zoom", "--labels", "--target", "--group",
                 "--weights", "--mpp-csv", "--workers", "--scheduler"},
     "evaluate": {"--model", "-m", "--annotations", "-a", "--folds", "--threshold", "--score", "--patients"},
+    "stitch": {"--model", "-m", "--stride", "--gamma", "--within-tiles", "--unweighted", "--slide"},
     "status": set(),
     "doctor": {"--encoder", "-e", "--weights"},
     "demo": {"--slides", "--seed"},
@@ -317,6 +318,22 @@ def test_predict_tells_what_zooming_saved(monkeypatch, capsys):
     monkeypatch.setattr(batch, "predict", lambda *_, **__: report)
     main(monkeypatch, "predict", "slides", "-o", "new", "-m", "m", "--zoom")
     assert "k = 0.25: 30 of 100 tiles encoded (30%); the encoder was spared about 7.0 s" in capsys.readouterr().out
+
+
+def test_stitch_hands_on_what_was_given(monkeypatch, capsys):
+    calls = []
+    report = Report((Outcome("a", "done"), Outcome("b", "failed", "open", message="it is gone")))
+    monkeypatch.setattr(mapping, "stitch", lambda *given, **options: calls.append((given, options)) or report)
+    assert main(monkeypatch, "stitch", "out", "--model", "m") == 3
+    assert "open: it is gone" in capsys.readouterr().out
+    words = "out -m m --stride 0.5 --gamma 0.2 --within-tiles --unweighted --slide a --slide b/c"
+    main(monkeypatch, "stitch", *words.split())
+    plain = {"stride": None, "gamma": 0.5, "within_tiles": False, "unweighted": False, "slides": ()}
+    said = {"stride": 0.5, "gamma": 0.2, "within_tiles": True, "unweighted": True, "slides": ["a", "b/c"]}
+    for (given, options), wanted in zip(calls, (plain, said), strict=True):
+        assert given == (Path("out"), "m")
+        assert {name: value for name, value in options.items() if name != "progress"} == wanted
+    assert main(monkeypatch, "stitch", "out", "-m", "m", "--gamma", "2") == 1
 
 
 @pytest.mark.parametrize(

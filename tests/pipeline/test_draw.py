@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.draw import CONTOUR, EDGE, LEVELS, MARGIN, heatmap, overview, save_png
+from pipeline.draw import CONTOUR, EDGE, LEVELS, MARGIN, heatmap, overlay, overview, save_png
 from pipeline.quadtree import QuadTree, build_quadtree
 from pipeline.readers import open_slide
 from pipeline.tissue import TissueMask
@@ -139,6 +139,27 @@ def test_one_tile_and_none_that_was_looked_at():
         body(heatmap(WHITE, mask(), box, np.array([1.0]), ""))[150, 150], 0.55 * VIRIDIS[255] + 0.45 * 255, atol=1
     )
     assert (body(heatmap(WHITE, mask(), box, np.array([np.nan]), "")) == 255).all()
+
+
+@pytest.mark.parametrize(("origin", "cell"), [((0.0, 0.0), 100.0), ((-130.0, 60.5), 200.0), ((333.25, -50.0), 37.5)])
+def test_a_map_lies_over_the_slide_where_its_cells_are(origin, cell):
+    """A picture of one pixel each level-0 px: each is asked in which cell its middle lies."""
+    values = np.random.default_rng(0).uniform(2, 5, (5, 7))
+    values[1, 2] = np.nan
+    picture = body(overlay(WHITE, mask(), values, origin, cell, ""))
+    colours = VIRIDIS[((np.nan_to_num(values) - np.nanmin(values)) / np.ptp(values[values > 0]) * 255).astype(int)]
+    for y in range(3, HEIGHT, 17):
+        for x in range(2, WIDTH, 13):
+            column, row = int((x + 0.5 - origin[0]) // cell), int((y + 0.5 - origin[1]) // cell)
+            seen = 0 <= row < 5 and 0 <= column < 7 and (row, column) != (1, 2)
+            want = 0.55 * colours[row, column] + 0.45 * 255 if seen else (255, 255, 255)
+            np.testing.assert_allclose(picture[y, x], want, atol=1)
+
+
+def test_a_map_of_one_value_and_the_contour_of_the_tissue():
+    picture = body(overlay(WHITE, mask((400, 200, 900, 600)), np.full((1, 1), 3.0), (0.0, 0.0), 50.0, ""))
+    np.testing.assert_allclose(picture[10, 10], 0.55 * VIRIDIS[0] + 0.45 * 255, atol=1)
+    assert is_colour(picture[198:203, 600:601], CONTOUR).any()
 
 
 def test_pictures_do_not_change_what_they_are_given():

@@ -98,6 +98,25 @@ def test_every_tile_of_a_file_at_every_level(files, area_mean, size, reader, rat
         assert_true(slide, tree, level_pixels(slide), area_mean)
 
 
+@pytest.mark.parametrize("levels", [1, 2])
+@pytest.mark.parametrize("origin", [(16.0, 48.0), (-16.0, 5.0), (100.0, 100.0)])
+def test_a_sparse_tree_of_a_moved_grid(address, area_mean, origin, levels):
+    """Its first node stands at any column, so squares of its Morton order are no squares of many blocks."""
+    pixels = address(640, 640)
+    slide = open_slide(pixels, mpp=0.5)
+    for seed in range(20):
+        image = np.random.default_rng(seed).random((20, 20)) < 0.7
+        mask = TissueMask(image, (32.0, 32.0), 16.0, "test")
+        tree = build_quadtree(
+            slide, mask, mpp=0.5, tile_px=32, levels=levels, min_tissue=0.3, origin=origin, encode_levels="finest"
+        )
+        part, got = tree.levels[-1], tiles_of(slide, tree)
+        want = expected(tree, len(tree.levels) - 1, pixels, 1.0, area_mean)
+        assert sorted(got) == list(range(part.stop - part.start))
+        for row, tile in got.items():
+            assert abs(tile - want[part.start + row]).max() <= TOLERANCE
+
+
 @pytest.mark.parametrize("ratio", [1, 1.37, 2, 4])
 def test_openslide_at_level_0_of_any_size(files, area_mean, ratio):
     """Its positions are whole there; at other levels of prime size it interpolates, which is why auto avoids it."""

@@ -421,6 +421,20 @@ def test_the_shares_of_a_grid_are_those_of_its_boxes(seed: int, origin: tuple[fl
     assert np.array_equal(mask.share(x, y[:, None], edge, edge).ravel(), mask.fraction(boxes))
 
 
+def test_where_there_is_no_tissue_the_share_is_exactly_none() -> None:
+    """Sums of a whole mask leave rounding where boxes cut its pixels; a mask of attention asks whether there is any."""
+    y, x = np.mgrid[:188, :188]
+    image = np.hypot(x - 94, y - 80) < 61
+    mask = TissueMask(image, (3013 / 188, 3013 / 188), 8.0, "t")
+    boxes = np.array([(64.0 * column, 64.0 * row, 64.0, 64.0) for column in range(47) for row in range(47)])
+    shares = mask.fraction(boxes)
+    touched = [
+        image[int(y * 188 / 3013) : -(-(y + 64) * 188 // 3013), int(x * 188 / 3013) : -(-(x + 64) * 188 // 3013)].any()
+        for x, y in boxes[:, :2].astype(int).tolist()
+    ]
+    assert ((shares > 0) == touched).all()
+
+
 def test_fraction_by_hand() -> None:
     mask = TissueMask(np.array([[True, False, True]]), (10.0, 4.0), 2.0, "brightfield")
     boxes = [[0, 0, 10, 4], [5, 0, 10, 4], [0, 0, 30, 4], [-10, -4, 20, 8], [25, 2, 10, 4], [40, 0, 5, 5], [3, 3, 0, 0]]

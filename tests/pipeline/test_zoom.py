@@ -23,7 +23,7 @@ from pipeline.outcome import read_outcomes
 from pipeline.output import status_lines
 from pipeline.prediction import Model, predict_slide, predict_stored, save_model, zoomed
 from pipeline.quadtree import QuadTree, build_quadtree
-from pipeline.rows import SlideRows
+from pipeline.rows import Held, SlideRows
 from pipeline.stages import SlideFile, encode, is_current, make_recipe, prepare
 from pipeline.store import BagStore, read_attrs
 from pipeline.stream import TileReader
@@ -500,16 +500,15 @@ def test_whoever_stops_early_leaves_nothing_open(files, prepared, out, model):
 
 def test_features_are_those_of_one_level_at_a_time(files, prepared, out, model, monkeypatch):
     held = []
-    real = zoom._Held.read
+    real = Held.read
 
     def read(self):
         x, valid = real(self)
         held.append((self.dtype, x.dtype, len(x), int(self.missing_rows().sum())))
         return x, valid
 
-    monkeypatch.setattr(zoom._Held, "read", read)
+    monkeypatch.setattr(Held, "read", read)
     monkeypatch.setattr("pipeline.rows.CHUNK_ROWS", 50)
-    monkeypatch.setattr(zoom, "CHUNK_ROWS", 50)
     zoom_into(files[:1], prepared, out, model)
     saving = zoomed(BagStore(out).group(NAMES[0]), model)
     assert [n for _, _, n, _ in held] == [n for _, _, _, n in held]
