@@ -5,7 +5,7 @@ Caron et al., Emerging Properties in Self-Supervised Vision Transformers, ICCV 2
     training = Pretraining(network("vit_tiny_scorenet", recipe), facts, recipe, steps=100)
     for epoch in range(recipe.epochs):
         loss = training.epoch(batches)              # 100 batches of uint8 tiles (B, H, W, 3)
-    save_weights("mine.safetensors", training.backbone(), {"slides": …})    # load_encoder(…, weights="mine.safetensors")
+    save_weights("mine.safetensors", training.backbone(), {"slides": …})  # load_encoder(…, weights="mine.safetensors")
 
 Two wide views of a tile go through student and teacher, small ones through the student only. The loss is the cross
 entropy of the student's softmax over prototypes against the teacher's, centred and sharpened, over all pairs of other
@@ -18,10 +18,11 @@ and gradients and the centre are means over all.
 
 from __future__ import annotations
 
+import json
 import os
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,7 +40,7 @@ from .weights import read_torch
 if TYPE_CHECKING:
     from lightly.loss.dino_loss import DINOLoss
 
-SLIDES_KEY = "slidestream"  # of the metadata of a weights file
+ABOUT = "slidestream"  # of the metadata of a weights file
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,6 +119,11 @@ class Course:
     losses: list[float] = field(default_factory=list)
     watched: list[float] = field(default_factory=list)
 
+    def words(self) -> str:
+        """The last epoch in one line."""
+        seen = f"   nearest neighbours {self.watched[-1]:.3f}" if self.watched else ""
+        return f"epoch {len(self.losses)}   loss {self.losses[-1]:.4f}{seen}"
+
 
 class Pretraining:
     """A student, its teacher, and how far they have come. `steps`: batches of an epoch, of each process."""
@@ -137,7 +143,7 @@ class Pretraining:
 
         self.recipe, self.steps, self.device = recipe, steps, torch.device(device)
         self.course = Course()
-        self._dim = facts.dim
+        self._dim, self._tile_px = facts.dim, facts.tile_px
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(recipe.seed)
             self.student, self.teacher = (self._with_head(make()) for _ in range(2))
@@ -239,9 +245,12 @@ class Pretraining:
 
     @torch.no_grad()
     def embed(self, tiles: Tensor) -> Tensor:
-        """What the teacher makes of uint8 tiles (B, H, W, 3): float32 (B, dim), on the CPU. Larger ones are cropped."""
-        px, (height, width) = self.recipe.wide_px, tiles.shape[1:3]
-        top, left = (height - px) // 2, (width - px) // 2
+        """What the teacher makes of uint8 tiles (B, H, W, 3): float32 (B, dim), on the CPU.
+
+        Of tiles larger than the encoder's the middle.
+        """
+        px = self._tile_px
+        top, left = (max(0, (size - px) // 2) for size in tiles.shape[1:3])
         images = tiles[:, top : top + px, left : left + px].to(self.device).permute(0, 3, 1, 2) / 255.0
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self._half):
             features: Tensor = self.teacher.backbone((images - self._mean) / self._std).float()
@@ -302,11 +311,22 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     return dict(read_torch(Path(path)))
 
 
-def save_weights(path: str | os.PathLike[str], state: Mapping[str, Tensor], about: str) -> None:
-    """A safetensors file; `about` (JSON) stands in its metadata."""
+def save_weights(path: str | os.PathLike[str], state: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
+    """A safetensors file. `about` stands in its metadata, alone: of several entries the order is left to chance."""
     from safetensors.torch import save_file
 
     path = Path(path)
     part = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    save_file(dict(state), part, metadata={"format": "pt", SLIDES_KEY: about})
+    save_file(dict(state), part, metadata={ABOUT: json.dumps(about, sort_keys=True)})
     os.replace(part, path)
+
+
+def about_weights(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """What `save_weights` was told of this file; {} if it is not there, or another program's."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            return dict(json.loads((file.metadata() or {}).get(ABOUT, "{}")))
+    except (OSError, SafetensorError):
+        return {}

@@ -45,8 +45,9 @@ ORDER = (
         "tables",
         "featurefiles",
     ),
-    *("folder", "stages", "zoom", "lock", "output", "worker", "cluster", "batch", "labels", "targets", "folds"),
-    *("bags", "cohort", "curves", "evaluation", "external", "learning", "judging", "training", "comparison", "probing"),
+    *("folder", "stages", "zoom", "lock", "output", "pool", "worker", "cluster", "batch", "labels", "targets", "folds"),
+    *("bags", "cohort", "curves", "evaluation", "external", "learning", "judging", "seen", "training", "comparison"),
+    *("probing", "pretraining"),
     *("demo", "doctor"),
     "cli",
 )
