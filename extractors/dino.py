@@ -53,6 +53,9 @@ class Recipe:
     bottleneck: int
     prototypes: int
     normed_last: bool = True  # weights of the prototypes have norm 1
+    normed_head: bool = (
+        False  # batch norms in the head: what all tiles share is gone at once, which suits short trainings
+    )
     drop_path: float = 0.0
     small_views: int = 8
     wide_area: tuple[float, float] = (0.4, 1.0)
@@ -99,7 +102,7 @@ def network(arch: str, recipe: Recipe) -> Callable[[], nn.Module]:
 
 
 class Student(nn.Module):
-    """Views (B, 3, px, px) of several sizes → what the head says of each (B, prototypes). Equal sizes go as one batch."""
+    """Views (B, 3, px, px) → what the head says of each (B, prototypes). Those of one size go as one batch."""
 
     def __init__(self, backbone: nn.Module, head: nn.Module) -> None:
         super().__init__()
@@ -148,7 +151,8 @@ class Pretraining:
             torch.manual_seed(recipe.seed)
             self.student, self.teacher = (self._with_head(make()) for _ in range(2))
         self.teacher.load_state_dict(self.student.state_dict())
-        self.teacher.eval().requires_grad_(False)
+        self.teacher.requires_grad_(False)
+        self.teacher.backbone.eval()  # it drops no paths; the head's batch norms are of the batch for both
         decayed, others = get_weight_decay_parameters([self.student])
         groups = [{"params": decayed}, {"params": others, "weight_decay": 0.0}]
         self.optimizer = torch.optim.AdamW(groups, lr=0.0)  # rate and decay are set at each step
@@ -159,9 +163,7 @@ class Pretraining:
             student_temp=recipe.student_temperature,
             center_momentum=recipe.centre_momentum,
         ).to(self.device)
-        self._looks = looks(
-            recipe.wide_px, recipe.small_px, recipe.wide_area, recipe.small_area, recipe.small_views
-        )
+        self._looks = looks(recipe.wide_px, recipe.small_px, recipe.wide_area, recipe.small_area, recipe.small_views)
         mean, std = (torch.tensor(v, device=self.device)[:, None, None] for v in (facts.mean, facts.std))
         self._mean, self._std = mean, std
         self._half = _precision(self.device, "auto") == "bf16"  # fp16 would need its losses scaled
@@ -178,6 +180,7 @@ class Pretraining:
                 r.hidden,
                 r.bottleneck,
                 r.prototypes,
+                batch_norm=r.normed_head,
                 freeze_last_layer=r.frozen_epochs,
                 norm_last_layer=r.normed_last,
             )
@@ -188,7 +191,7 @@ class Pretraining:
         return len(self.course.losses)
 
     def epoch(self, batches: Iterable[Tensor]) -> float:
-        """One epoch over `steps` batches of uint8 tiles (B, H, W, 3); its mean loss. EncoderError if that is not finite."""
+        """Over `steps` batches of uint8 tiles (B, H, W, 3); returns the mean loss. EncoderError if it is not finite."""
         total, count = torch.zeros((), device=self.device), 0
         with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
             seed = _seed(self.recipe.seed, self.epochs_done)
@@ -223,9 +226,7 @@ class Pretraining:
         head.cancel_last_layer_gradients(self.epochs_done)
         nn.utils.clip_grad_norm_(self.student.parameters(), self.recipe.clip)
         self.optimizer.step()
-        update_momentum(
-            self.student, self.teacher, cosine_schedule(step, self._all_steps, self.recipe.momentum, 1.0)
-        )
+        update_momentum(self.student, self.teacher, cosine_schedule(step, self._all_steps, self.recipe.momentum, 1.0))
         return loss.detach()
 
     @property
@@ -313,11 +314,11 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 def save_weights(path: str | os.PathLike[str], state: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
     """A safetensors file. `about` stands in its metadata, alone: of several entries the order is left to chance."""
-    from safetensors.torch import save_file
+    from safetensors.torch import save  # save_file would let nobody else read it
 
     path = Path(path)
     part = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    save_file(dict(state), part, metadata={ABOUT: json.dumps(about, sort_keys=True)})
+    part.write_bytes(save(dict(state), metadata={ABOUT: json.dumps(about, sort_keys=True)}))
     os.replace(part, path)
 
 

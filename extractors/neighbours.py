@@ -1,4 +1,4 @@
-"""Weighted k nearest neighbours, by which self-supervised features are watched (Wu et al., CVPR 2018; DINO, ICCV 2021)."""
+"""Weighted k nearest neighbours, by which self-supervised features are watched (Wu et al., CVPR 2018; DINO)."""
 
 from __future__ import annotations
 

@@ -4,7 +4,7 @@ torchvision's transforms draw one set for a batch of tensors; one call a tile ta
 is cropped by one sampling grid, and coloured by one 3 × 3 matrix a tile: brightness, contrast and saturation are such
 matrices, hue is a turn about the grey axis. All numbers come from one generator on the CPU, whatever the device.
 
-Strengths are DINO's (Caron et al., ICCV 2021, appendix); a tile of tissue has no upper end, so it is turned over as well.
+Strengths are DINO's (Caron et al., ICCV 2021, appendix). A tile of tissue has no upper end: it is turned over as well.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Stegmüller et al., ScoreNet, WACV 2023 (arXiv 2202.07570), section 3.2 and appendix: width 96, 8 blocks, 4 heads, MLP of
 twice the width, 16 px a token; no class token and no table of positions, so images of any multiple of 16 px fit. Keys
-and values are those of `ViTTiny` in ScoreNet (heads/scorenet.py): what is trained here is a scorer or patch model there.
+and outputs are those of ScoreNet's own (heads/scorenet.py): what is trained here is a scorer or a patch model there.
 """
 
 from __future__ import annotations

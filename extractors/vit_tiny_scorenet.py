@@ -1,4 +1,4 @@
-"""The small ViT that ScoreNet looks at places with. Nobody publishes weights: pre-train it on your own slides (dino.py)."""
+"""The small ViT by which ScoreNet looks at places. Nobody publishes weights: pre-train it on your slides (dino.py)."""
 
 from __future__ import annotations
 

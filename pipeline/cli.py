@@ -355,9 +355,7 @@ def pretrain(
         int | None, typer.Option("--patience", min=1, help="epochs without better neighbours; needs --labels")
     ] = None,
     seed: Seed = 0,
-    device: Annotated[
-        str | None, typer.Option("--device", help="[default: cuda where there is one, else cpu]")
-    ] = None,
+    device: Annotated[str | None, typer.Option("--device", help="[default: cuda where there is one, else cpu]")] = None,
 ) -> None:
     """Pre-train an encoder on the tiles of OUT, without labels (DINO); `run -e ARCH --weights` takes what it writes.
 

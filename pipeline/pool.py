@@ -1,7 +1,7 @@
 """The tiles of one level of many slides, in random order, as a training wants them: streamed from the slides.
 
-An epoch takes a random part of all tiles. Slides come in random order and each is read block by block, every block once;
-a buffer of a number of bytes mixes what was read. The order depends on the seed alone, not on which thread was faster.
+An epoch takes a random part of all tiles. Slides come in random order, each is read block by block, every block once,
+and a buffer of so many bytes mixes what was read. The order depends on the seed, not on which thread was faster.
 """
 
 import os
@@ -62,7 +62,7 @@ class Part:
 
 
 class Pool:
-    """Slides of an output folder. After an epoch `lost` says which slides, or how many of their tiles, had no pixels."""
+    """Slides of an output folder. `lost` says of slides that were read how many of their tiles had no pixels, or why."""
 
     def __init__(self, parts: list[Part], mixed_bytes: int = MIXED_BYTES) -> None:
         self.parts = parts
@@ -78,7 +78,7 @@ class Pool:
         return self.parts[0].tree.tile_px
 
     def draw(self, count: int, seed: tuple[int, ...], rank: int = 0, world: int = 1) -> Iterator[np.ndarray]:
-        """`count` tiles (px, px, 3) uint8 in random order, each of the pool at most once; of them the share of a process.
+        """`count` tiles (px, px, 3) uint8 in random order, none of them twice; of these the share of a process.
 
         A tile that cannot be read leaves its place to another one. RunStopped if there is none at all.
         """
@@ -88,9 +88,13 @@ class Pool:
         place = np.empty(len(order), int)
         place[order] = np.arange(len(order))
         owner = self._owner(chosen)
-        mine = np.array_split(np.lexsort((chosen, place[owner])), world)[rank]  # slide after slide, so each is read once
+        mine = np.array_split(np.lexsort((chosen, place[owner])), world)[
+            rank
+        ]  # slide after slide, so each is read once
         rows = chosen[mine]
-        return self._mixing((tile for _, tile in self._read(rows, owner[mine])), len(rows), np.random.default_rng([*seed, rank]))
+        return self._mixing(
+            (tile for _, tile in self._read(rows, owner[mine])), len(rows), np.random.default_rng([*seed, rank])
+        )
 
     def sample(self, most: int, seed: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
         """About as many tiles of each slide, together at most so many: (n, px, px, 3) uint8 and (n,) which part."""
@@ -108,11 +112,12 @@ class Pool:
         return np.searchsorted(self._first, rows, side="right") - 1
 
     def _read(self, rows: np.ndarray, owner: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
-        """(part, pixels) of rows, those of one slide standing together; those that cannot be read are left out, and noted as lost."""
+        """(part, pixels) of rows, of which those of one slide stand together. What cannot be read is left out."""
         runs = np.split(rows, np.flatnonzero(np.diff(owner)) + 1)
         parts = {self.parts[k].name: int(k) for k in owner}
         came = dict.fromkeys(parts, 0)
-        with Feed(map(self._asked, runs), None, os.cpu_count() or 1, QUEUE_BYTES) as feed:
+        sources: Iterator[Asked | None] = map(self._asked, runs)
+        with Feed(sources, None, os.cpu_count() or 1, QUEUE_BYTES) as feed:
             for item in feed:
                 if item is None:
                     continue

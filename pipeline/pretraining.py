@@ -136,7 +136,7 @@ def pretrain(
             return work.run(on_epoch)
 
 
-def _recipe(arch: str, **changes: int | float | None) -> Recipe:
+def _recipe(arch: str, **changes: Any) -> Recipe:
     if arch not in RECIPES:
         raise UsageError(f"--arch {arch}: known are {', '.join(RECIPES)}")
     return replace(RECIPES[arch], **{name: value for name, value in changes.items() if value is not None})
@@ -331,6 +331,8 @@ class _Work:
         told = self.about | {"epoch": kept + 1}
         save_weights(weights, self.training.backbone() if self.best is None else self.best, told)
         history = {"losses": course.losses, "watched": course.watched, "lost": self.pool.lost}
-        write_json(self.folder / "pretrained.json", told | history | {"sha256": sha256(weights), "versions": versions()})
+        write_json(
+            self.folder / "pretrained.json", told | history | {"sha256": sha256(weights), "versions": versions()}
+        )
         save_pretraining(self.folder / "curves.png", course.losses, course.watched, kept)
         save_checkpoint(self.folder / "checkpoint.pt", self.training.state() | {"about": self.about, "best": self.best})

@@ -1,6 +1,5 @@
 """Which slides an encoder was pre-trained on. Its weights file says so itself, in its metadata."""
 
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any

@@ -212,7 +212,9 @@ def checked_name(name: str) -> str:
 
 def _flattered(cohort: Cohort, whole: Fold, folds: Sequence[tuple[int, Fold]]) -> list[str]:
     """Test slides that the encoder was pre-trained on."""
-    tested = {fold.name: [slide for row in fold.test for slide in cohort.slides[row]] for _, fold in [(0, whole), *folds]}
+    tested = {
+        fold.name: [slide for row in fold.test for slide in cohort.slides[row]] for _, fold in [(0, whole), *folds]
+    }
     return seen_words(cohort.features.about(), cohort.place, tested)
 
 

@@ -15,7 +15,14 @@ from extractors import Encoder, EncoderError, EncoderFacts, list_encoders, load_
 
 LARGE = {"uni", "gigapath"}
 UNPUBLISHED = {"vit_tiny_scorenet"}  # everyone trains their own
-SMALL = ["lab_lbp", "resnet50_trunc", "timm/resnet18", "timm/vit_tiny_patch16_224", "vit_small_dino", "vit_tiny_scorenet"]
+SMALL = [
+    "lab_lbp",
+    "resnet50_trunc",
+    "timm/resnet18",
+    "timm/vit_tiny_patch16_224",
+    "vit_small_dino",
+    "vit_tiny_scorenet",
+]
 MIDDLE = [name for name in list_encoders() if name not in {*SMALL, *LARGE}]
 NETWORKS = [name for name in [*list_encoders(), "timm/resnet18"] if name != "lab_lbp"]
 

@@ -1,11 +1,9 @@
 """DINO: schedules, the loop against a plain one, resume bit for bit, files, several processes."""
 
 import math
-import os
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -72,7 +70,10 @@ def test_the_loss_of_the_first_step_is_the_papers() -> None:
         said = [other.student.head(other.student.backbone(v)) for v in seen]
         told = [(other.teacher.head(other.teacher.backbone(v)) / 0.04).softmax(1) for v in seen[:2]]
     terms = [
-        -(t * F.log_softmax(s / 0.1, dim=1)).sum(1).mean() for i, t in enumerate(told) for j, s in enumerate(said) if i != j
+        -(t * F.log_softmax(s / 0.1, dim=1)).sum(1).mean()
+        for i, t in enumerate(told)
+        for j, s in enumerate(said)
+        if i != j
     ]
     assert len(terms) == 2 * 3
     assert training.epoch([tiles]) == pytest.approx(float(torch.stack(terms).mean()), rel=1e-4)
@@ -288,7 +289,7 @@ def test_killed_and_started_again_it_is_the_same_curve(script: Path, tmp_path: P
 
 @pytest.mark.slow
 def test_two_processes_end_with_the_same_weights(script: Path, tmp_path: Path) -> None:
-    """Each has half of every batch. Their curve is near that of one process with whole batches, which has other crops."""
+    """Each has half of every batch. One process with whole batches has other crops, but nearly the same curve."""
     place = tmp_path / "state.pt"
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     done = subprocess.run([*launch, script, place, "0"], capture_output=True, text=True, timeout=300)

@@ -62,7 +62,10 @@ def test_a_crop_is_a_part_of_its_tile_of_the_asked_area() -> None:
     assert float((width / height).max()) < 1.36
     right, down = x[:, 0, -1] - x[:, 0, 0], y[:, -1, 0] - y[:, 0, 0]
     straight = right.abs() > 0.01
-    seen = {(bool(s), bool((r if s else d2) > 0)) for s, r, d2 in zip(straight, right, x[:, -1, 0] - x[:, 0, 0], strict=True)}
+    seen = {
+        (bool(s), bool((r if s else d2) > 0))
+        for s, r, d2 in zip(straight, right, x[:, -1, 0] - x[:, 0, 0], strict=True)
+    }
     assert len(seen) == 4, "both axes, both ways"
     assert 0.4 < float((down[straight] > 0).float().mean()) < 0.6
     whole = views._crop(tiles(), Look(64, (1.0, 1.0), 0), numbers())
