@@ -12,7 +12,7 @@ own measure, the cosine of what the network gives.
 
 25 minutes on a core are 2,500 steps, where the authors' warm-up alone has 12,500 of 1,024 images. So batches are of 32,
 the rate is 5e-4 all the same, the teacher's momentum 0.99, the head has batch norms (an option of the authors'), and wide
-views have 96 px, which cost half. Four recipes were tried, two epochs each, and judged on the training tiles of fold 0.
+views have 96 px, which cost half. Five recipes were tried, one to five epochs each, on the training tiles of fold 0.
 
 Figures are balanced accuracies; ± is the standard error over 2,000 draws of the test images, and a difference is drawn
 as a difference. Writes dino_fold<i>.json and the weights to --out; `--pool` reads the three and tells them together.
@@ -169,7 +169,7 @@ def compared(found: dict[str, Any]) -> dict[str, Any]:
 
 def pooled(results: list[dict[str, Any]]) -> dict[str, Any]:
     joined = {
-        name: {key: sum((one["answers"][name][key] for one in results), []) for key in ("image", "truth", "said")}
+        name: {key: [v for one in results for v in one["answers"][name][key]] for key in ("image", "truth", "said")}
         for name in results[0]["answers"]
     }
     return compared(joined)

@@ -32,7 +32,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from . import RANDOM, EncoderError, EncoderFacts, load_encoder
-from .network import _precision
+from .network import precision_on, usable_device
 from .timm import timm_network
 from .views import looks, view
 from .weights import read_torch
@@ -141,10 +141,13 @@ class Pretraining:
     ) -> None:
         if steps < 1:
             raise ValueError("an epoch needs at least one batch")
-        from lightly.loss.dino_loss import DINOLoss
-        from lightly.models.utils import get_weight_decay_parameters
+        try:
+            from lightly.loss.dino_loss import DINOLoss
+            from lightly.models.utils import get_weight_decay_parameters
+        except ImportError as error:
+            raise EncoderError(f"pre-training needs lightly ({error}): pip install 'slidestream[pretrain]'") from error
 
-        self.recipe, self.steps, self.device = recipe, steps, torch.device(device)
+        self.recipe, self.steps, self.device = recipe, steps, usable_device(device)
         self.course = Course()
         self._dim, self._tile_px = facts.dim, facts.tile_px
         with torch.random.fork_rng(devices=[]):
@@ -166,7 +169,7 @@ class Pretraining:
         self._looks = looks(recipe.wide_px, recipe.small_px, recipe.wide_area, recipe.small_area, recipe.small_views)
         mean, std = (torch.tensor(v, device=self.device)[:, None, None] for v in (facts.mean, facts.std))
         self._mean, self._std = mean, std
-        self._half = _precision(self.device, "auto") == "bf16"  # fp16 would need its losses scaled
+        self._half = precision_on(self.device, "auto") == "bf16"  # fp16 would need its losses scaled
         self._parallel = nn.parallel.DistributedDataParallel(self.student) if dist.is_initialized() else self.student
 
     def _with_head(self, backbone: nn.Module) -> Student:

@@ -62,7 +62,7 @@ class Part:
 
 
 class Pool:
-    """Slides of an output folder. `lost` says of slides that were read how many of their tiles had no pixels, or why."""
+    """Slides of an output folder. `lost` says of slides that were read how many tiles had no pixels, or why."""
 
     def __init__(self, parts: list[Part], mixed_bytes: int = MIXED_BYTES) -> None:
         self.parts = parts
@@ -116,8 +116,8 @@ class Pool:
         runs = np.split(rows, np.flatnonzero(np.diff(owner)) + 1)
         parts = {self.parts[k].name: int(k) for k in owner}
         came = dict.fromkeys(parts, 0)
-        sources: Iterator[Asked | None] = map(self._asked, runs)
-        with Feed(sources, None, os.cpu_count() or 1, QUEUE_BYTES) as feed:
+        feed: Feed[Asked] = Feed(map(self._asked, runs), None, os.cpu_count() or 1, QUEUE_BYTES)
+        with feed:
             for item in feed:
                 if item is None:
                     continue

@@ -129,7 +129,10 @@ def pretrain(
             "processes": world,
         }
         steps = count // recipe.batch_size
-        training = Pretraining(network(arch, recipe), facts, recipe, steps, chosen)
+        try:
+            training = Pretraining(network(arch, recipe), facts, recipe, steps, chosen)
+        except EncoderError as error:  # no lightly, no such device
+            raise UsageError(str(error)) from error
         watch = _watch(pool, cohort, recipe.seed) if cohort is not None and watched and rank == 0 else None
         work = _Work(folder, about, training, pool, watch, rank, world)
         with _locked(folder, rank):

@@ -57,6 +57,7 @@ def out(made: Path, tmp_path: Path) -> Path:
 @pytest.fixture(autouse=True)
 def _small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(dino.RECIPES, ARCH, SMALL)
+    monkeypatch.setattr(pretraining, "WATCHED_TILES", 48)
 
 
 def work(out: Path, **options: Any) -> Pretrained:
@@ -121,7 +122,7 @@ def test_another_recipe_needs_another_name(out: Path) -> None:
         ({"epochs": 2}, "epochs: 1 → 2"),
         ({"tiles_per_epoch": 16, "epochs": 1}, "tiles_per_epoch: 24 → 16"),
     ):
-        with pytest.raises(UsageError, match=f"another pre-training:\n  {words}\ngive this one a --name"):
+        with pytest.raises(UsageError, match=rf"another pre-training:\n  {words}\ngive this one a --name"):
             work(out, **other)
     group = BagStore(out).group("a.tif")
     group.update(slide=group.attrs["slide"] | {"fingerprint": "another"})
@@ -166,7 +167,7 @@ def test_the_tables_own_split(made: Path, out: Path, tmp_path: Path) -> None:
 def test_neighbours_are_of_other_patients(made: Path, out: Path) -> None:
     done = work(out, labels=made / "labels.csv")
     assert len(done.course.watched) == 3
-    assert done.course.watched[-1] > 0.9, "dark and light noise"
+    assert done.course.watched[0] > 0.7, "dark and light noise"
     one = made / "labels.csv"
     table = out / "one.csv"
     table.write_text(re.sub(r"pos,p\d+", "pos,p0", one.read_text()))
@@ -216,6 +217,7 @@ def test_train_warns_of_test_slides_that_were_seen(made: Path, out: Path) -> Non
         ({"batch_size": 512}, "less than a batch of 512"),
         ({"level": 3.0}, "--level 3: the tiles have 2, 1, 0.5"),
         ({"name": "../x"}, "name becomes a folder"),
+        ({"device": "cuda:9"}, "cannot be used here"),
     ],
 )
 def test_wrong_usage_writes_nothing(made: Path, out: Path, options: dict[str, Any], words: str) -> None:
