@@ -6,7 +6,7 @@ and a buffer of so many bytes mixes what was read. The order depends on the seed
 
 import os
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -26,17 +26,15 @@ MIXED_BYTES = 512 << 20  # of tiles that wait to be drawn; 2,800 of 256 px
 QUEUE_BYTES = 256 << 20  # read ahead
 
 
-@dataclass
 class Asked:
     """Tiles of a slide on their way, as the feed wants it."""
 
-    slide: str
-    open: Callable[[], Slide]
-    unchanged: Callable[[], bool]
-    tree: QuadTree
-    missing: np.ndarray
-    error: SlideError | None = None
-    meter: Meter = field(default_factory=Meter)
+    def __init__(
+        self, slide: str, open: Callable[[], Slide], unchanged: Callable[[], bool], tree: QuadTree, wanted: np.ndarray
+    ) -> None:
+        self.slide, self.open, self.unchanged, self.tree, self.missing = slide, open, unchanged, tree, wanted
+        self.error: SlideError | None = None
+        self.meter = Meter()
 
 
 @dataclass(frozen=True)

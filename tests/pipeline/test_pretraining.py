@@ -133,7 +133,7 @@ def test_another_recipe_needs_another_name(out: Path) -> None:
 def test_a_damaged_checkpoint_is_said(out: Path) -> None:
     done = work(out, epochs=1)
     (done.weights.parent / "checkpoint.pt").write_bytes(b"PK\3\4 cut")
-    with pytest.raises(UsageError, match="damaged.*remove it to begin anew"):
+    with pytest.raises(UsageError, match=r"damaged.*remove it to begin anew"):
         work(out, epochs=1)
 
 
