@@ -10,9 +10,9 @@ those of the training images: by the teacher, by the same network with random we
 lab_lbp (histograms of colour and texture made by hand). Vectors are standardised by the training tiles; `raw` is DINO's
 own measure, the cosine of what the network gives.
 
-A quarter of an hour on a core is 1,700 steps; the authors' warm-up alone has 12,500 of 1,024 images. So batches are of
-32, the rate is 5e-4 all the same, the teacher's momentum 0.99, the head has batch norms (an option of the authors'), and
-wide views have 96 px, which cost half. Five recipes were tried, for one to five epochs, on the training tiles of fold 0.
+A quarter of an hour on a core is 1,700 steps; the authors' warm-up alone has 12,500 of 1,024 images. So batches have
+32, the rate is 5e-4 all the same, the teacher's momentum 0.99, the head batch norms (an option of the authors'), and
+wide views 96 px, which cost half. Five recipes were tried, for one to five epochs, on the training tiles of fold 0.
 
 Figures are balanced accuracies; ± is the standard error over 2,000 draws of the test images, and a difference is drawn
 as a difference. Writes dino_fold<i>.json and the weights to --out; `--pool` reads the three and tells them together.

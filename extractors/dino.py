@@ -47,11 +47,11 @@ ABOUT = "slidestream"  # of the metadata of a weights file
 class Recipe:
     """All that decides what is learned from given tiles. Where DINO's authors have a public default, it is that."""
 
-    wide_px: int
-    small_px: int  # a multiple of 16 near 96/224 of the wide ones
-    hidden: int
-    bottleneck: int
-    prototypes: int
+    wide_px: int | None  # None: tiles as they lie, in two other colourings
+    small_px: int = 0  # a multiple of 16 near 96/224 of the wide ones
+    hidden: int = 2048  # of the head; the next two as well
+    bottleneck: int = 256
+    prototypes: int = 65_536
     normed_last: bool = True  # weights of the prototypes have norm 1
     normed_head: bool = (
         False  # batch norms in the head: what all tiles share is gone at once, which suits short trainings
@@ -81,9 +81,7 @@ class Recipe:
 
 RECIPES = {
     # the head's widths: Grisi et al. (masked hierarchical ViT), DINO's own but for the prototypes that are not normed
-    "vit_small_dino": Recipe(
-        wide_px=224, small_px=96, hidden=2048, bottleneck=256, prototypes=65_536, normed_last=False, drop_path=0.1
-    ),
+    "vit_small_dino": Recipe(wide_px=224, small_px=96, normed_last=False, drop_path=0.1),
     # Stegmüller et al. (ScoreNet); small views of 48 px: 96/224 of 128 lies between 48 and 64, and 9 tokens are cheaper
     "vit_tiny_scorenet": Recipe(wide_px=128, small_px=48, hidden=1024, bottleneck=128, prototypes=1024),
 }
@@ -129,7 +127,10 @@ class Course:
 
 
 class Pretraining:
-    """A student, its teacher, and how far they have come. `steps`: batches of an epoch, of each process."""
+    """A student, its teacher, and how far they have come. `steps`: batches of an epoch, of each process.
+
+    make_teacher: where the teacher is another network with the same keys.
+    """
 
     def __init__(
         self,
@@ -138,6 +139,7 @@ class Pretraining:
         recipe: Recipe,
         steps: int,
         device: str = "cpu",
+        make_teacher: Callable[[], nn.Module] | None = None,
     ) -> None:
         if steps < 1:
             raise ValueError("an epoch needs at least one batch")
@@ -152,7 +154,7 @@ class Pretraining:
         self._dim, self._tile_px = facts.dim, facts.tile_px
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(recipe.seed)
-            self.student, self.teacher = (self._with_head(make()) for _ in range(2))
+            self.student, self.teacher = (self._with_head(made()) for made in (make, make_teacher or make))
         self.teacher.load_state_dict(self.student.state_dict())
         self.teacher.requires_grad_(False)
         self.teacher.backbone.eval()  # it drops no paths; the head's batch norms are of the batch for both

@@ -26,22 +26,27 @@ LUMA = (0.299, 0.587, 0.114)
 
 @dataclass(frozen=True)
 class Look:
-    """A kind of view: its edge, the share of the tile's area that it shows, how often it is blurred and solarised."""
+    """A kind of view: its edge, the share of the tile's area that it shows, how often it is blurred and solarised.
 
-    px: int
+    px: None for the whole tile as it lies, of which other colours only are seen.
+    """
+
+    px: int | None
     area: tuple[float, float]
     blurred: float
     solarised: float = 0.0
 
 
-def looks(wide_px: int, small_px: int, wide: tuple[float, float], small: tuple[float, float], count: int) -> list[Look]:
+def looks(
+    wide_px: int | None, small_px: int, wide: tuple[float, float], small: tuple[float, float], count: int
+) -> list[Look]:
     """DINO's two wide views, which differ in blur, and `count` small ones."""
     return [Look(wide_px, wide, 1.0), Look(wide_px, wide, 0.1, SOLARISED), *[Look(small_px, small, 0.5)] * count]
 
 
 def view(tiles: Tensor, look: Look, numbers: Generator) -> Tensor:
     """Tiles (B, 3, H, W) in 0..1 → (B, 3, px, px) in 0..1."""
-    images = _crop(tiles, look, numbers)
+    images = tiles if look.px is None else _crop(tiles, look.px, look.area, numbers)
     images = _colour(images, numbers)
     images = _blur(images, look.blurred, numbers)
     chosen = _chance(len(tiles), look.solarised, numbers).to(images.device)[:, None, None, None]
@@ -56,10 +61,10 @@ def _chance(count: int, share: float, numbers: Generator) -> Tensor:
     return torch.rand(count, generator=numbers) < share
 
 
-def _crop(tiles: Tensor, look: Look, numbers: Generator) -> Tensor:
+def _crop(tiles: Tensor, px: int, area: tuple[float, float], numbers: Generator) -> Tensor:
     """A part of each tile, turned over by chance along both axes and the diagonal."""
     count = len(tiles)
-    side = _uniform(count, *look.area, numbers).sqrt()
+    side = _uniform(count, *area, numbers).sqrt()
     stretch = _uniform(count, -math.log(ASPECT) / 2, math.log(ASPECT) / 2, numbers).exp()
     size = torch.stack([side * stretch, side / stretch], dim=1).clamp(max=1)  # of the tile's width and height
     centre = (1 - size) * (2 * torch.rand(count, 2, generator=numbers) - 1)
@@ -67,7 +72,7 @@ def _crop(tiles: Tensor, look: Look, numbers: Generator) -> Tensor:
     scale = torch.diag_embed(size * sign)
     scale = torch.where(_chance(count, 0.5, numbers)[:, None, None], scale.flip(2), scale)
     theta = torch.cat([scale, centre[:, :, None]], dim=2).to(tiles.device)
-    grid = F.affine_grid(theta, [count, 3, look.px, look.px], align_corners=False)
+    grid = F.affine_grid(theta, [count, 3, px, px], align_corners=False)
     return F.grid_sample(tiles, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
 
 

@@ -327,8 +327,11 @@ def _options(pairs: list[str]) -> dict[str, Any]:
 def pretrain(
     out: OutFolder,
     arch: Annotated[
-        str, typer.Option("--arch", help="vit_small_dino, or vit_tiny_scorenet for tiles of 128 px")
+        str, typer.Option("--arch", help="vit_small_dino, vit_tiny_scorenet for tiles of 128 px, or scorenet")
     ] = "vit_small_dino",
+    pretext: Annotated[
+        str, typer.Option("--pretext", help="dino, or unbiased: ScoreNet's own, on large tiles as whole pictures")
+    ] = "dino",
     name: Annotated[str | None, typer.Option("--name", help="of the folder in OUT/pretrained [default: arch]")] = None,
     labels: Annotated[
         Path | None, typer.Option("--labels", help="a label table: its training slides only, and classes are watched")
@@ -362,6 +365,7 @@ def pretrain(
     \b
     slidestream pretrain out/ --arch vit_tiny_scorenet --epochs 100
     slidestream pretrain out/ --labels labels.csv --cv 5 --fold 0 --name fold0 --patience 10
+    slidestream pretrain out/ --arch scorenet --pretext unbiased
     torchrun --nproc-per-node 4 --no-python slidestream pretrain out/ --batch-size 512
     """
     settings = {k: v for k, v in locals().items() if k != "out"}
@@ -377,7 +381,8 @@ def pretrain(
     if done.tiles_per_s is not None:
         _say(f"{done.tiles_per_s:.1f} tiles/s")
     _say(f"weights of epoch {done.epoch}: {done.weights}")
-    _say(f"next: slidestream run SLIDES -o OUT -e {arch} --weights {done.weights}")
+    use = "train … --head scorenet --option weights=" if pretext == "unbiased" else f"run … -e {arch} --weights "
+    _say(f"next: slidestream {use}{done.weights}")
 
 
 @app.command()

@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -28,7 +29,9 @@ from extractors.dino import (
 )
 from extractors.neighbours import accuracy
 from extractors.weights import sha256
+from heads.scorenet import PLACE
 
+from . import unbiased
 from .cohort import Cohort, read_cohort
 from .config import difference
 from .curves import save_pretraining
@@ -60,6 +63,7 @@ def pretrain(
     out: str | Path,
     *,
     arch: str = "vit_small_dino",
+    pretext: str = "dino",
     name: str | None = None,
     labels: str | Path | None = None,
     fold: int | None = None,
@@ -83,13 +87,15 @@ def pretrain(
 
     Tiles are read from the slides anew in each epoch, at `level` (µm/px, the finest unless told): `tiles_per_epoch` of
     them, all unless told. `epochs`, `batch_size` and `lr` replace fields of the recipe of `arch` (extractors.dino).
+    `pretext="unbiased"` is ScoreNet's own (unbiased.py), for `arch="scorenet"` and tiles of a multiple of 128 px, which
+    are whole pictures to it.
 
     With `labels` only training slides are used: those of fold number `fold` of `cv` or `splits`, by the seed and the
     columns that `train` takes; without these those that the table's column `split` calls train, or all labelled ones.
     Classes are then watched by nearest neighbours of other patients, and with `patience` training ends after so many
     epochs without a better accuracy, and the weights are those of the best. Raises UsageError.
     """
-    place, recipe = Path(out), _recipe(arch, epochs=epochs, batch_size=batch_size, lr=lr, seed=seed)
+    place, recipe = Path(out), _recipe(arch, pretext, epochs=epochs, batch_size=batch_size, lr=lr, seed=seed)
     asked = {"task": task, "target": target, "group": group, "site": site}
     cohort, rows = _training_slides(place, labels, fold, Judged(cv, splits, seed=seed), asked)
     watched = cohort is not None and _has_classes(cohort, rows)
@@ -100,15 +106,12 @@ def pretrain(
         pool, mpp = read_pool(place, slides, level)
     except BrokenBag as error:
         raise UsageError(str(error)) from error
-    facts = load_encoder(arch).facts
-    if pool.tile_px < facts.tile_px:
-        raise UsageError(
-            f"{arch} takes tiles of {facts.tile_px} px, these have {pool.tile_px} px, and nothing is enlarged: "
-            f"choose tiles anew in another folder (`slidestream run … --tile-px {facts.tile_px}`)"
-        )
+    _refuse_misfit(arch, pool.tile_px)
     count = len(pool) if tiles_per_epoch is None else min(tiles_per_epoch, len(pool))
     folder = place / "pretrained" / checked_name(name or arch)
     with _together(device) as (rank, world, chosen):
+        if arch == unbiased.ARCH and world > 1:
+            raise UsageError("--pretext unbiased works in one process: parts of ScoreNet have no gradient to share")
         if recipe.batch_size % world:
             raise UsageError(f"--batch-size {recipe.batch_size} cannot be shared by {world} processes")
         if count < recipe.batch_size:
@@ -117,7 +120,7 @@ def pretrain(
         about = {
             "schema": "slidestream/pretrained",
             "arch": arch,
-            "pretext": "dino",
+            "pretext": pretext,
             "recipe": recipe.as_dict(),
             "root": read_run(place)["root"],
             "slides": {part.name: part.fingerprint for part in pool.parts},
@@ -128,9 +131,8 @@ def pretrain(
             "patience": patience,
             "processes": world,
         }
-        steps = count // recipe.batch_size
         try:
-            training = Pretraining(network(arch, recipe), facts, recipe, steps, chosen)
+            training = _training(arch, recipe, pool.tile_px, count // recipe.batch_size, chosen)
         except EncoderError as error:  # no lightly, no such device
             raise UsageError(str(error)) from error
         watch = _watch(pool, cohort, recipe.seed) if cohort is not None and watched and rank == 0 else None
@@ -139,10 +141,31 @@ def pretrain(
             return work.run(on_epoch)
 
 
-def _recipe(arch: str, **changes: Any) -> Recipe:
-    if arch not in RECIPES:
-        raise UsageError(f"--arch {arch}: known are {', '.join(RECIPES)}")
-    return replace(RECIPES[arch], **{name: value for name, value in changes.items() if value is not None})
+def _recipe(arch: str, pretext: str, **changes: Any) -> Recipe:
+    known = {"dino": RECIPES, "unbiased": {unbiased.ARCH: unbiased.RECIPE}}
+    if pretext not in known or arch not in known[pretext]:
+        fits = "; ".join(f"--pretext {name}: --arch {' or '.join(archs)}" for name, archs in known.items())
+        raise UsageError(f"--arch {arch} --pretext {pretext}: known are {fits}")
+    return replace(known[pretext][arch], **{name: value for name, value in changes.items() if value is not None})
+
+
+def _refuse_misfit(arch: str, tile_px: int) -> None:
+    if arch == unbiased.ARCH:
+        fits, wanted = tile_px % PLACE == 0 and tile_px > PLACE, f"a multiple of {PLACE} px, such as {8 * PLACE}"
+    else:
+        fits, wanted = tile_px >= load_encoder(arch).facts.tile_px, f"{load_encoder(arch).facts.tile_px} px"
+    if not fits:
+        raise UsageError(
+            f"{arch} takes tiles of {wanted}, these have {tile_px} px, and nothing is enlarged: choose tiles anew in "
+            "another folder (`slidestream run … --tile-px …`)"
+        )
+
+
+def _training(arch: str, recipe: Recipe, tile_px: int, steps: int, device: str) -> Pretraining:
+    if arch != unbiased.ARCH:
+        return Pretraining(network(arch, recipe), load_encoder(arch).facts, recipe, steps, device)
+    other = partial(unbiased.teacher, tile_px)
+    return Pretraining(unbiased.student, unbiased.facts(tile_px), recipe, steps, device, other)
 
 
 def _complete(out: Path) -> list[str]:

@@ -47,7 +47,7 @@ ORDER = (
     ),
     *("folder", "stages", "zoom", "lock", "output", "pool", "worker", "cluster", "batch", "labels", "targets", "folds"),
     *("bags", "cohort", "curves", "evaluation", "external", "learning", "judging", "seen", "training", "comparison"),
-    *("probing", "pretraining"),
+    *("probing", "unbiased", "pretraining"),
     *("demo", "doctor"),
     "cli",
 )

@@ -52,7 +52,7 @@ def test_a_crop_is_a_part_of_its_tile_of_the_asked_area() -> None:
     """A tile of coordinates: what a view shows of them says where it was cut and how it was turned."""
     axis = (torch.arange(64) + 0.5) / 64
     place = torch.stack([axis.expand(64, 64), axis[:, None].expand(64, 64), torch.zeros(64, 64)])
-    cut = views._crop(place.repeat(400, 1, 1, 1), Look(32, (0.05, 0.4), 0), numbers())
+    cut = views._crop(place.repeat(400, 1, 1, 1), 32, (0.05, 0.4), numbers())
     x, y = cut[:, 0], cut[:, 1]
     width, height = ((v.amax((1, 2)) - v.amin((1, 2))) * 32 / 31 for v in (x, y))
     area = width * height
@@ -68,7 +68,7 @@ def test_a_crop_is_a_part_of_its_tile_of_the_asked_area() -> None:
     }
     assert len(seen) == 4, "both axes, both ways"
     assert 0.4 < float((down[straight] > 0).float().mean()) < 0.6
-    whole = views._crop(tiles(), Look(64, (1.0, 1.0), 0), numbers())
+    whole = views._crop(tiles(), 64, (1.0, 1.0), numbers())
     assert float((whole.mean((2, 3)) - tiles().mean((2, 3))).abs().max()) < 0.05
 
 
@@ -106,3 +106,13 @@ def test_solarised_is_light_turned_dark(monkeypatch: pytest.MonkeyPatch) -> None
     chances(monkeypatch)
     plain, turned = (view(tiles(), Look(64, (1.0, 1.0), 0, share), numbers()) for share in (0.0, 1.0))
     torch.testing.assert_close(turned, torch.where(plain >= 0.5, 1 - plain, plain))
+
+
+def test_a_whole_tile_lies_as_it_lay() -> None:
+    """Colours change, places do not: edges of a checkerboard stay where they were."""
+    axis = torch.arange(64) // 8 % 2
+    board = (0.2 + 0.6 * (axis ^ axis[:, None])).expand(4, 3, 64, 64)
+    found = view(board, Look(None, (1.0, 1.0), 0.0), numbers())
+    assert not torch.equal(found, board)
+    for tile in found:
+        assert len(tile[:, board[0, 0] < 0.5].T.unique(dim=0)) == len(tile[:, board[0, 0] > 0.5].T.unique(dim=0)) == 1

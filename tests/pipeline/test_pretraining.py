@@ -13,11 +13,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from extractors import dino, load_encoder
 from extractors.dino import about_weights, read_checkpoint
 from extractors.weights import sha256
-from pipeline import BagStore, pretraining, run, train
+from heads import load_head
+from pipeline import BagStore, pretraining, run, train, unbiased
 from pipeline.demo import write_slide
 from pipeline.errors import RunStopped, UsageError
 from pipeline.pretraining import Pretrained, pretrain
@@ -206,8 +208,14 @@ def test_train_warns_of_test_slides_that_were_seen(made: Path, out: Path) -> Non
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"arch": "resnet50"}, "--arch resnet50: known are vit_small_dino, vit_tiny_scorenet"),
-        ({"arch": "vit_small_dino"}, r"takes tiles of 224 px, these have 128 px.*--tile-px 224"),
+        ({"arch": "resnet50"}, "--arch resnet50 --pretext dino: known are --pretext dino: --arch vit_small_dino or"),
+        ({"pretext": "unbiased"}, "--pretext unbiased: known are .*--arch scorenet"),
+        ({"pretext": "other"}, "--pretext other: known are"),
+        ({"arch": "vit_small_dino"}, "takes tiles of 224 px, these have 128 px, and nothing is enlarged"),
+        (
+            {"arch": "scorenet", "pretext": "unbiased"},
+            "takes tiles of a multiple of 128 px, such as 1024, these have 128",
+        ),
         ({"fold": 0}, "need --labels"),
         ({"cv": 2}, "need --labels"),
         ({"labels": True, "fold": 0}, "give both, or neither"),
@@ -226,6 +234,68 @@ def test_wrong_usage_writes_nothing(made: Path, out: Path, options: dict[str, An
     with pytest.raises(UsageError, match=words):
         pretrain(out, **{"arch": ARCH} | options)
     assert not (out / "pretrained").exists()
+
+
+# -- ScoreNet's own pretext --
+
+
+def test_unbiased_makes_weights_of_scorenet(made: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small = replace(unbiased.RECIPE, hidden=16, bottleneck=8, prototypes=24, epochs=2, batch_size=2)
+    monkeypatch.setattr(unbiased, "RECIPE", small)
+    monkeypatch.setattr(unbiased, "PLACES", 2)
+    large = out.parent / "large"
+    assert run(made / "slides", large, encoder="lab_lbp", mpp=0.5, tile_px=256, levels=1, workers=1).exit_code == 0
+    done = pretrain(large, arch="scorenet", pretext="unbiased", tiles_per_epoch=4)
+    assert len(done.course.losses) == 2
+    head = load_head("scorenet", classes=3, k=2, weights=str(done.weights))
+    begun, first = head.state_dict(), unbiased.student().state_dict()
+    teacher = read_checkpoint(done.weights.parent / "checkpoint.pt")["teacher"]
+    for key in first:
+        assert torch.equal(begun[key], teacher[f"backbone.{key}"])
+    assert "weights" not in head.options
+    assert load_head("scorenet", classes=3, **head.options).options == head.options
+
+
+def test_students_choose_and_teachers_look_at_all() -> None:
+    torch.manual_seed(0)
+    teacher, student = unbiased.teacher(384).eval(), unbiased.Compared(3)
+    student.load_state_dict(teacher.state_dict())
+    pictures = torch.rand(2, 3, 384, 384)
+    looked = []
+    for network in (teacher, student):
+        network.aggregate = lambda places, own=network.aggregate: looked.append(len(places)) or own(places)
+    with torch.no_grad():
+        told = teacher(pictures)
+    said = student.train()(pictures)
+    assert told.shape == said.shape == (2, 2 * 96)
+    assert looked == [9, 9, 3, 3]
+    said.sum().backward()
+    assert student.mixture.grad.abs().sum() > 0, "the choice learns"
+    assert student.scorer.embedding.weight.grad.abs().sum() > 0
+    assert student.patches.embedding.weight.grad.abs().sum() > 0
+
+
+def test_a_vit_tiny_begins_both_of_scorenets(made: Path, out: Path) -> None:
+    done = work(out, epochs=1)
+    head = load_head("scorenet", weights=str(done.weights))
+    for part in (head.scorer, head.patches):
+        assert all(torch.equal(a, b) for a, b in zip(
+            part.state_dict().values(), head.scorer.state_dict().values(), strict=True))  # fmt: skip
+    kept = load_encoder(ARCH, done.weights).load()._network.state_dict()  # type: ignore[attr-defined]
+    assert all(torch.equal(kept[key], head.scorer.state_dict()[key]) for key in kept)
+
+
+def test_weights_of_something_else_are_refused(tmp_path: Path) -> None:
+    save_file({"scorer.embedding.weight": torch.zeros(3)}, tmp_path / "w.safetensors")
+    (tmp_path / "text.pt").write_text("no weights")
+    with pytest.raises(ValueError, match="holds neither its weights without a classifier"):
+        load_head("scorenet", weights=str(tmp_path / "w.safetensors"))
+    for name in ("text.pt", "missing"):
+        with pytest.raises(ValueError, match="no safetensors file that can be read"):
+            load_head("scorenet", weights=str(tmp_path / name))
+
+
+# -- what stops it --
 
 
 def test_a_loss_that_is_not_finite_stops_and_keeps_what_was(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
