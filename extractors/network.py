@@ -67,8 +67,8 @@ class NetworkEncoder(Encoder):
         return f"weights of {self.facts.source}" if self.weights is None else f"weights from the file {self.weights}"
 
     def load(self, device: str = "cpu", precision: str = "auto", compile: bool = False) -> Self:
-        target = _usable(device)
-        self.precision = _precision(target, precision)
+        target = usable_device(device)
+        self.precision = precision_on(target, precision)
         if self._network is None:
             network = self._build().eval().requires_grad_(False)
             self._network = fold_batch_norms(network) if self.fold else network
@@ -226,7 +226,7 @@ def _as_torch(tiles: np.ndarray | Tensor) -> Tensor:
     return torch.from_numpy(np.require(tiles, requirements=["C", "W"]))  # copies only what torch cannot share
 
 
-def _usable(device: str) -> torch.device:
+def usable_device(device: str) -> torch.device:
     """A device that works here; otherwise the user learns it now and not in the middle of a run."""
     import torch
 
@@ -239,7 +239,7 @@ def _usable(device: str) -> torch.device:
         ) from error
 
 
-def _precision(device: torch.device, wish: str) -> str:
+def precision_on(device: torch.device, wish: str) -> str:
     """What is computed in. auto: half of 32 bits where the device multiplies in it, for the features hardly differ."""
     import torch
 

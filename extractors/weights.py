@@ -126,7 +126,7 @@ def read_state(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], list[st
     """The tensors of a safetensors or torch file by name, and what was unwrapped."""
     path = Path(path)
     kind = _kind(path)
-    return _unwrap(_read_safetensors(path) if kind == "safetensors" else _read_torch(path), path)
+    return _unwrap(_read_safetensors(path) if kind == "safetensors" else read_torch(path), path)
 
 
 def _kind(path: Path) -> str:
@@ -156,7 +156,7 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
         raise EncoderError(_damaged(path, error)) from error
 
 
-def _read_torch(path: Path) -> Any:
+def read_torch(path: Path) -> Any:
     import torch
 
     try:

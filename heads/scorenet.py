@@ -137,7 +137,10 @@ class PerturbedTopK(torch.autograd.Function):
 
 
 class ScoreNet(Head):
-    """k: places looked at in full. tokens: class tokens of the scorer and of the encoder. draws, sigma: the noise."""
+    """k: places looked at in full. tokens: class tokens of the scorer and of the encoder. draws, sigma: the noise.
+
+    weights: a safetensors file to begin with, of all but the classifier, or of a ViT-tiny for scorer and places alike.
+    """
 
     needs = Needs(pixels=True)
     mean: Tensor
@@ -159,7 +162,9 @@ class ScoreNet(Head):
         draws: int = 100,
         sigma: float = 1e-3,
         selection: str = "soft",
+        weights: str | None = None,
     ) -> None:
+        # `weights` is no option to be kept: once trained, a head has its own
         super().__init__(dim, classes, k=k, tokens=list(tokens), draws=draws, sigma=sigma, selection=selection)
         if dim != 3:
             raise ValueError(f"ScoreNet reads the three colours of pixels, not {dim} features")
@@ -176,6 +181,30 @@ class ScoreNet(Head):
         self.classifier = nn.Sequential(nn.Linear(width, 128), nn.ReLU(), nn.Linear(128, classes))
         self.register_buffer("mean", torch.tensor(MEAN)[:, None, None], persistent=False)
         self.register_buffer("sd", torch.tensor(SD)[:, None, None], persistent=False)
+        if weights is not None:
+            self._begin_with(weights)
+
+    def _begin_with(self, weights: str) -> None:
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        try:
+            state = load_file(weights)
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"ScoreNet: {weights} is no safetensors file that can be read: {error}") from error
+        if "embedding.weight" in state:
+            state = {f"{part}.{key}": value for part in ("scorer", "patches") for key, value in state.items()}
+        parts = {key.split(".")[0] for key in state}
+        known = {key: value.shape for key, value in self.state_dict().items() if key.split(".")[0] in parts}
+        if (
+            {key: value.shape for key, value in state.items()} != known
+            or "scorer" not in parts
+            or "classifier" in parts
+        ):
+            raise ValueError(
+                f"ScoreNet: {weights} holds neither its weights without a classifier nor those of a ViT-tiny"
+            )
+        self.load_state_dict(state, strict=False)
 
     def forward(self, picture: Bag | Pixels) -> Prediction:
         self.check(picture)

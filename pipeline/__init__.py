@@ -19,6 +19,7 @@ _HOME = {
     "find_tissue": "tissue",
     "open_slide": "readers",
     "predict": "batch",
+    "pretrain": "pretraining",
     "probe": "probing",
     "run": "batch",
     "stitch": "mapping",

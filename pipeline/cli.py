@@ -332,6 +332,68 @@ def _options(pairs: list[str]) -> dict[str, Any]:
 
 
 @app.command()
+def pretrain(
+    out: OutFolder,
+    arch: Annotated[
+        str, typer.Option("--arch", help="vit_small_dino, vit_tiny_scorenet for tiles of 128 px, or scorenet")
+    ] = "vit_small_dino",
+    pretext: Annotated[
+        str, typer.Option("--pretext", help="dino, or unbiased: ScoreNet's own, on large tiles as whole pictures")
+    ] = "dino",
+    name: Annotated[str | None, typer.Option("--name", help="of the folder in OUT/pretrained [default: arch]")] = None,
+    labels: Annotated[
+        Path | None, typer.Option("--labels", help="a label table: its training slides only, and classes are watched")
+    ] = None,
+    fold: Annotated[int | None, typer.Option("--fold", min=0, help="of --cv or --splits: who is trained on")] = None,
+    cv: Folds = None,
+    splits: Splits = None,
+    task: Task = "classification",
+    target: Target = "label",
+    group: Group = "patient",
+    site: Site = None,
+    level: Level = None,
+    tiles_per_epoch: Annotated[
+        int | None, typer.Option("--tiles-per-epoch", min=1, help="drawn anew for each epoch [default: all]")
+    ] = None,
+    epochs: Annotated[int | None, typer.Option("--epochs", min=1, help="[default: 100]")] = None,
+    batch_size: Annotated[
+        int | None, typer.Option("--batch-size", min=2, help="of all processes together [default: 128]")
+    ] = None,
+    lr: Annotated[
+        float | None, typer.Option("--lr", min=0, help="for a batch of 256, and in proportion [default: 0.0005]")
+    ] = None,
+    patience: Annotated[
+        int | None, typer.Option("--patience", min=1, help="epochs without better neighbours; needs --labels")
+    ] = None,
+    seed: Seed = 0,
+    device: Annotated[str | None, typer.Option("--device", help="[default: cuda where there is one, else cpu]")] = None,
+) -> None:
+    """Pre-train an encoder on the tiles of OUT, without labels (DINO); `run -e ARCH --weights` takes what it writes.
+
+    \b
+    slidestream pretrain out/ --arch vit_tiny_scorenet --epochs 100
+    slidestream pretrain out/ --labels labels.csv --cv 5 --fold 0 --name fold0 --patience 10
+    slidestream pretrain out/ --arch scorenet --pretext unbiased
+    torchrun --nproc-per-node 4 --no-python slidestream pretrain out/ --batch-size 512
+    """
+    settings = {k: v for k, v in locals().items() if k != "out"}
+    with importing():
+        from .pretraining import pretrain as pretrain_encoder
+
+    first = int(os.environ.get("RANK", 0)) == 0
+    done = pretrain_encoder(out, **settings, on_epoch=lambda course: _say(course.words()) if first else None)
+    if not first:
+        return
+    for warning in done.warnings:
+        _say(f"note: {warning}")
+    if done.tiles_per_s is not None:
+        _say(f"{done.tiles_per_s:.1f} tiles/s")
+    _say(f"weights of epoch {done.epoch}: {done.weights}")
+    use = "train … --head scorenet --option weights=" if pretext == "unbiased" else f"run … -e {arch} --weights "
+    _say(f"next: slidestream {use}{done.weights}")
+
+
+@app.command()
 def predict(
     source: Annotated[str, typer.Argument(help="an output folder of `slidestream run`, or slides (then give -o)")],
     model: Annotated[

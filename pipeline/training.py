@@ -23,6 +23,7 @@ from .folds import Fold
 from .judging import Judged
 from .learning import Learned, OnEpoch, Plan, learn, require_classes, require_sense
 from .prediction import Model, load_model, save_model
+from .seen import seen_words
 
 
 @dataclass(frozen=True)
@@ -129,7 +130,7 @@ def train_on(
             one["model"] = place
         write_json(folder / "results.json", results)
         write_answers(folder / "out_of_fold.csv", judged, cohort)
-    warnings = (*cohort.warnings, *notes, *_untrained(last, cohort))
+    warnings = (*cohort.warnings, *notes, *_untrained(last, cohort), *_flattered(cohort, plan, whole, folds))
     parameters = sum(weight.numel() for weight in last.model.parameters())
     return Trained(folder, metrics, last.history.best_epoch, parameters, warnings, results, pooled)
 
@@ -214,6 +215,14 @@ def checked_name(name: str) -> str:
     if not re.fullmatch(r"[\w@+-][\w.@+-]*", name):
         raise UsageError(f"a model's name becomes a folder: letters, digits and . _ - only, not first a dot: {name!r}")
     return name
+
+
+def _flattered(cohort: Cohort, plan: Plan, whole: Fold, folds: Sequence[tuple[int, Fold]]) -> list[str]:
+    """Test slides that the encoder was pre-trained on."""
+    tested = {
+        fold.name: [slide for row in fold.test for slide in cohort.slides[row]] for _, fold in [(0, whole), *folds]
+    }
+    return seen_words(cohort.source(plan.pixels).about(), cohort.place, tested)
 
 
 def _untrained(learned: Learned, cohort: Cohort) -> list[str]:
