@@ -20,7 +20,7 @@ from pipeline.demo import write_slide
 from pipeline.draw import MARGIN
 from pipeline.errors import UsageError
 from pipeline.mapping import stitch
-from pipeline.prediction import load_model, save_model
+from pipeline.prediction import load_model, predict_stored, save_model
 from pipeline.readers import open_slide
 from pipeline.regrid import Regrid
 from pipeline.store import BagStore, read_attrs
@@ -265,6 +265,17 @@ def test_nothing_is_done_twice(out, monkeypatch):
     model_of(out, name, threshold=0.5)  # another one of that name
     stitch(out, name, stride=2, progress=told)
     assert told.todo == 3
+
+
+def test_maps_go_with_their_features_and_not_with_predictions(out):
+    name, group = model_of(out), BagStore(out).group("a.svs")
+    stitch(out, name, slides=["a"])
+    predict_stored(BagStore(out), "a.svs", load_model(out / "models" / name))
+    assert set(group.prediction(name)) == {"logits", "probabilities", "raw", "weight"}
+    assert np.isfinite(maps(out, "a.svs")[0]["map"]).any()
+    features = group.features("lab_lbp")
+    features.begin(5, 2, "float32", feature_hash="another")
+    assert not list((group.path / "predictions").glob("*.stitched"))
 
 
 def test_a_map_that_was_not_finished_is_made_again(out, monkeypatch):
