@@ -12,8 +12,8 @@ entropy of the student's softmax over prototypes against the teacher's, centred 
 views. The teacher is the moving mean of the student. Loss, projection head and schedules are those of lightly.
 
 An epoch draws its numbers from (seed, epoch, process) alone, so a training that goes on from a checkpoint is the one
-that was not interrupted, bit for bit on the same machine. Under torch.distributed each process has its own batches,
-and gradients and the centre are means over all.
+that was not interrupted: bit for bit on the same CPU, while kernels of a GPU may differ in last bits. Under
+torch.distributed each process has its own batches, and gradients and the centre are means over all.
 """
 
 from __future__ import annotations
@@ -53,9 +53,7 @@ class Recipe:
     bottleneck: int = 256
     prototypes: int = 65_536
     normed_last: bool = True  # weights of the prototypes have norm 1
-    normed_head: bool = (
-        False  # batch norms in the head: what all tiles share is gone at once, which suits short trainings
-    )
+    normed_head: bool = False  # batch norms in the head, which take out what all tiles share
     drop_path: float = 0.0
     small_views: int = 8
     wide_area: tuple[float, float] = (0.4, 1.0)

@@ -226,6 +226,8 @@ def _locked(folder: Path, rank: int) -> Iterator[None]:
         return
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder):
+        for part in folder.glob("*.partial"):  # of a writer that was killed
+            part.unlink()
         yield
 
 

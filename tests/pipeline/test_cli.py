@@ -21,7 +21,7 @@ from pipeline.outcome import Outcome, Report
 from pipeline.saving import Saving
 from pipeline.training import Trained
 
-COMMANDS = ("run", "train", "compare", "probe", "predict", "evaluate", "stitch", "status", "doctor", "demo")
+COMMANDS = ("run", "pretrain", "train", "compare", "probe", "predict", "evaluate", "stitch", "status", "doctor", "demo")
 JUDGED = {
     "--labels",
     "--encoder",
@@ -38,6 +38,9 @@ JUDGED = {
 }
 TRAINED = {"--task", "--recipe", "--epochs", "--patience", "--lr", "--weight-decay", "--keep"}
 OWN_FLAGS = {
+    "pretrain": {"--arch", "--pretext", "--name", "--labels", "--fold", "--cv", "--splits", "--task", "--target",
+                 "--group", "--site", "--level", "--tiles-per-epoch", "--epochs", "--batch-size", "--lr", "--patience",
+                 "--seed", "--device"},
     "run": {"--out", "-o", "--mpp-csv", "--workers", "--scheduler", "--redo", "--config", "--preset", "-e"},
     "train": {"--head", "--name", "--level", "--option", "--augment", "--mix", *JUDGED, *TRAINED},
     "compare": {"--heads", "--name", *JUDGED, *TRAINED},

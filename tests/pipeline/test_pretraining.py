@@ -108,7 +108,9 @@ def test_the_same_call_goes_on_where_it_was(out: Path, tmp_path: Path) -> None:
 
     with pytest.raises(KeyboardInterrupt):
         work(out, name="parts", on_epoch=interrupted)
+    (out / "pretrained/parts/weights.safetensors.1.partial").write_bytes(b"cut")
     resumed = work(out, name="parts")
+    assert not list(resumed.weights.parent.glob("*.partial"))
     assert resumed.course == straight.course
     assert resumed.weights.read_bytes() == straight.weights.read_bytes()
     before = resumed.weights.stat().st_mtime_ns
