@@ -259,7 +259,9 @@ def predict(
 
 def _of_pixels(source: str | Path, model: str | Path | Sequence[str], folds: bool) -> str | Path:
     """The folder itself, if the model reads the pixels of the images in it. Otherwise a UsageError."""
-    if Path(source).is_dir():
+    from .pictures import ImageFolder
+
+    if ImageFolder.is_one(source):
         from .prediction import choose_models
 
         if choose_models(model, Path(os.path.abspath(source)), folds).head.needs.pixels:
