@@ -302,6 +302,7 @@ def script(tmp_path: Path) -> Path:
     return tmp_path / "script.py"
 
 
+@pytest.mark.slow
 def test_killed_and_started_again_it_is_the_same_curve(script: Path, tmp_path: Path) -> None:
     place = tmp_path / "state.pt"
     first = subprocess.Popen([sys.executable, script, place, "60"], stdout=subprocess.PIPE, text=True)
