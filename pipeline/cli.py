@@ -360,13 +360,12 @@ def pretrain(
     seed: Seed = 0,
     device: Annotated[str | None, typer.Option("--device", help="[default: cuda where there is one, else cpu]")] = None,
 ) -> None:
-    """Pre-train an encoder on the tiles of OUT, without labels (DINO); `run -e ARCH --weights` takes what it writes.
+    """Pre-train an encoder on tiles without labels; writes OUT/pretrained/<name>. Several GPUs: start it by torchrun.
 
     \b
     slidestream pretrain out/ --arch vit_tiny_scorenet --epochs 100
     slidestream pretrain out/ --labels labels.csv --cv 5 --fold 0 --name fold0 --patience 10
     slidestream pretrain out/ --arch scorenet --pretext unbiased
-    torchrun --nproc-per-node 4 --no-python slidestream pretrain out/ --batch-size 512
     """
     settings = {k: v for k, v in locals().items() if k != "out"}
     with importing():

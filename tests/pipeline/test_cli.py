@@ -18,7 +18,7 @@ from pipeline.outcome import Outcome, Report
 from pipeline.saving import Saving
 from pipeline.training import Trained
 
-COMMANDS = ("run", "train", "compare", "probe", "predict", "status", "doctor", "demo")
+COMMANDS = ("run", "train", "compare", "probe", "pretrain", "predict", "status", "doctor", "demo")
 JUDGED = {
     "--labels",
     "--encoder",
@@ -39,6 +39,9 @@ OWN_FLAGS = {
     "train": {"--head", "--name", "--level", "--option", *JUDGED, *TRAINED},
     "compare": {"--heads", "--name", *JUDGED, *TRAINED},
     "probe": {"--knn", "--linear", "--pooling", "--model", "-m", "--level", *JUDGED},
+    "pretrain": {"--arch", "--pretext", "--name", "--labels", "--fold", "--cv", "--splits", "--task", "--target",
+                 "--group", "--site", "--level", "--tiles-per-epoch", "--epochs", "--batch-size", "--lr", "--patience",
+                 "--seed", "--device"},
     "predict": {"--model", "-m", "--out", "-o", "--folds", "--zoom", "--labels", "--target", "--group", "--weights",
                 "--mpp-csv", "--workers", "--scheduler"},
     "status": set(),
