@@ -26,6 +26,7 @@ def save_pretraining(path: Path, losses: Sequence[float], watched: Sequence[floa
     """The loss, and the accuracy of nearest neighbours where it was watched. `kept`: the epoch of the weights."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(6, 3.6), layout="constrained")
     FigureCanvasAgg(figure)
@@ -38,6 +39,6 @@ def save_pretraining(path: Path, losses: Sequence[float], watched: Sequence[floa
         other.set(ylabel="balanced accuracy of tiles", ylim=(0, 1))
     lines.append(axes.axvline(kept + 1, color="grey", linewidth=0.8, linestyle="--", label=f"kept: epoch {kept + 1}"))
     axes.set(xlabel="epoch", ylabel="loss")
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend(handles=lines, frameon=False)
     figure.savefig(path, dpi=120, metadata={"Software": None})
