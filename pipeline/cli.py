@@ -368,7 +368,7 @@ def pretrain(
     seed: Seed = 0,
     device: Annotated[str | None, typer.Option("--device", help="[default: cuda where there is one, else cpu]")] = None,
 ) -> None:
-    """Pre-train an encoder on the tiles of OUT, without labels (DINO); `run -e ARCH` takes what it writes.
+    """Pre-train an encoder on tiles without labels; writes OUT/pretrained/<name>. Several GPUs: start it by torchrun.
 
     \b
     slidestream pretrain out/ --arch vit_tiny_scorenet --epochs 100
