@@ -4,6 +4,9 @@ CutMix: Yun et al., ICCV 2019. SaliencyMix: Uddin et al., ICLR 2021. As in Score
 of the pictures have one; saliency is the spectral residual (Hou and Zhang, CVPR 2007).
 """
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -55,4 +58,9 @@ def saliency(picture: Picture) -> Tensor:
     return F.avg_pool2d(shown[None, None], 9, stride=1, padding=4, count_include_pad=False)[0, 0]
 
 
-MIXES: dict[str, type[ScoreMix]] = {"cutmix": CutMix, "saliencymix": SaliencyMix, "scoremix": ScoreMix}
+MIXES: dict[str, Callable[[], ScoreMix]] = {
+    "cutmix": CutMix,
+    "saliencymix": SaliencyMix,
+    "scoremix": ScoreMix,
+    "scoremix-one-minus-p": partial(ScoreMix, complement="one-minus-p"),
+}

@@ -12,11 +12,8 @@ OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
     "radam": torch.optim.RAdam,
     "sgd": torch.optim.SGD,
 }
-SCHEDULES, KEEP, MIXES = (
-    ("constant", "cosine", "step"),
-    ("best", "last", "average5"),
-    ("none", "cutmix", "saliencymix", "scoremix"),
-)
+SCHEDULES, KEEP = ("constant", "cosine", "step"), ("best", "last", "average5")
+MIXES = ("none", "cutmix", "saliencymix", "scoremix", "scoremix-one-minus-p")
 
 
 @dataclass(frozen=True)

@@ -233,7 +233,7 @@ def predict(
     if trained.head.needs.pixels:
         if zoom:
             raise UsageError(f"--zoom: {trained.name} reads pixels, and encodes nothing")
-        return _predict_pixels(source, place, trained, options.get("mpp_csv"))
+        return _predict_pixels(source, place, trained, **options)
     if is_store:
         return _predict_store(place, trained)
     if zoom:
@@ -269,19 +269,32 @@ def _of_pixels(source: str | Path, model: str | Path | Sequence[str], folds: boo
     raise UsageError(f"{source} is no output folder of `slidestream run`; for slides, say with -o where features go")
 
 
-def _predict_pixels(source: str | Path, out: Path, model: "Model", mpp_csv: str | Path | None) -> Report:
+def _predict_pixels(
+    source: str | Path,
+    out: Path,
+    model: "Model",
+    *,
+    mpp_csv: str | Path | None = None,
+    progress: Progress | None = None,
+    **options: Any,
+) -> Report:
     from .pictures import ImageFolder, Pictures
     from .sight import predict_pictures
 
+    if options:
+        raise UsageError(f"{', '.join(options)}: {model.name} reads pixels in this process, without an encoder")
+    progress = progress or Silent()
     if (out / "run.json").is_file() and os.path.abspath(source) == str(out):
         store = BagStore(out)
         slides = [slide for slide in store.slides() if store.group(slide).status == "complete"]
-        return predict_pictures(Pictures.of_store(store, slides), slides, model, out, stored=True)
+        return predict_pictures(Pictures.of_store(store, slides), slides, model, out, progress, stored=True)
     if os.path.abspath(source) == str(out):
         images = ImageFolder(source)
         pictures, slides = images.pictures(images.slides()), images.slides()
     else:
-        files, _ = _slide_files(find_slides(source, out), mpp_csv)
+        files, notes = _slide_files(find_slides(source, out), mpp_csv)
+        for note in notes:
+            progress.note(note)
         levels = [] if model.level is None else [model.level]
         slides = [file.name for file in files]
         pictures = Pictures({file.name: (file.path, file.mpp) for file in files}, levels, "auto")
@@ -289,7 +302,7 @@ def _predict_pixels(source: str | Path, out: Path, model: "Model", mpp_csv: str 
         raise UsageError(
             f"{model.name} reads {model.level:g} µm/px, which images of a folder do not say; `slidestream run` them"
         )
-    return predict_pictures(pictures, slides, model, out, stored=False)
+    return predict_pictures(pictures, slides, model, out, progress, stored=False)
 
 
 def _predict_store(out: Path, model: "Model", only: set[str] | None = None) -> Report:

@@ -175,7 +175,7 @@ LearningRate = Annotated[float | None, typer.Option("--lr", min=0)]
 WeightDecay = Annotated[float | None, typer.Option("--weight-decay", min=0)]
 Keep = Annotated[str | None, typer.Option("--keep", help="of all epochs the best, the last, or average5")]
 Augment = Annotated[bool | None, typer.Option("--augment/--no-augment", help="heads of pixels: mirrored, recoloured …")]
-Mix = Annotated[str | None, typer.Option("--mix", help="heads of pixels: cutmix, saliencymix or scoremix")]
+Mix = Annotated[str | None, typer.Option("--mix", help="heads of pixels: cutmix, saliencymix, scoremix …")]
 Seed = Annotated[int, typer.Option("--seed")]
 Bags = Annotated[Path, typer.Argument(help="an output folder of `slidestream run`, or one of .h5, .pt, .npy or images")]
 

@@ -1,9 +1,9 @@
 """Slides × a trained head of pixels → predictions, and where on the slide it looked. Only what it asks for is read."""
 
 import time
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -23,7 +23,14 @@ from .verdict import answer, array_name, words
 THUMBNAIL_PX = 1600
 
 
-def predict_pictures(pictures: Pictures, slides: Iterable[str], model: Model, out: Path, stored: bool) -> Report:
+class Progress(Protocol):
+    def start(self, total: int, todo: int) -> None: ...
+    def slide(self, outcome: Outcome) -> None: ...
+
+
+def predict_pictures(
+    pictures: Pictures, slides: Sequence[str], model: Model, out: Path, progress: Progress, stored: bool
+) -> Report:
     """Writes OUT/predictions/<model>.csv and heatmaps; where the slides have a store, scores of the places into it.
 
     A slide that cannot be read is a failed row, and the others go on.
@@ -31,18 +38,24 @@ def predict_pictures(pictures: Pictures, slides: Iterable[str], model: Model, ou
     started = time.time()
     table: list[tuple[str, Any]] = []
     outcomes = []
+    progress.start(len(slides), len(slides))
     for slide in slides:
+        begun = time.time()
         try:
             with slide_door(slide, "predict", BrokenBag), pictures.region(slide, model.level) as region:
-                table.append((slide, _predict(region, model, out, stored)))
-            outcomes.append(Outcome(slide, "done", "predict"))
+                values, places = _predict(region, model, out, stored)
+            table.append((slide, values))
+            outcome = Outcome(slide, "done", "predict", tiles=places)
         except SlideError as error:
-            outcomes.append(failed(slide, error))
+            outcome = failed(slide, error)
+        outcomes.append(outcome.after(time.time() - begun))
+        progress.slide(outcomes[-1])
     write_predictions(out / "predictions" / f"{model.name}.csv", model, table)
     return Report(tuple(outcomes), seconds=time.time() - started)
 
 
-def _predict(region: Region, model: Model, out: Path, stored: bool) -> np.ndarray:
+def _predict(region: Region, model: Model, out: Path, stored: bool) -> tuple[np.ndarray, int]:
+    """The answer, and of how many places."""
     try:
         with torch.no_grad():
             prediction = model.head(region)
@@ -61,7 +74,7 @@ def _predict(region: Region, model: Model, out: Path, stored: bool) -> np.ndarra
         arrays |= {"raw": scores.raw.numpy(), "weight": scores.weight.numpy()}
         about = {"classes": model.classes, "levels": [], "feature_hash": model.about["feature_hash"]}
         BagStore(out).group(region.slide).write_prediction(model.name, arrays, **about, pixels_read=region.cost.pixels)
-    return values
+    return values, len(places)
 
 
 def boxes_of(region: Region, prediction: Prediction) -> np.ndarray:

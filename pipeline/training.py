@@ -19,6 +19,7 @@ from .config import digest
 from .curves import save_curves
 from .errors import UsageError
 from .evaluation import Answers, Pooled, summary, write_answers, write_json
+from .fingerprint import fingerprint
 from .folds import Fold
 from .judging import Judged
 from .learning import Learned, OnEpoch, Plan, learn, require_classes, require_sense
@@ -157,13 +158,23 @@ def _finished(folder: Path, identity: str) -> Model | None:
 
 
 def _identity(cohort: Cohort, plan: Plan, fold: Fold, seed: int) -> str:
-    """All that a trained model depends on."""
+    """All that a trained model depends on; of files that options name (weights to begin with), what is in them."""
     targets = cohort.targets
+    files = [fingerprint(Path(o)).sha256 for o in plan.options.values() if isinstance(o, str) and Path(o).is_file()]
     asked = [targets.kind, targets.names, targets.truth.tolist(), cohort.units, cohort.slides]
     parts = {part: rows.tolist() for part, rows in fold.parts().items()}
     versions = {name: version(name) for name in ("slidestream", "torch")}
     return digest(
-        [asdict(plan), asked, parts, seed, cohort.source(plan.pixels).about(), cohort.state(plan.pixels), versions]
+        [
+            asdict(plan),
+            *files,
+            asked,
+            parts,
+            seed,
+            cohort.source(plan.pixels).about(),
+            cohort.state(plan.pixels),
+            versions,
+        ]
     )
 
 
@@ -172,6 +183,7 @@ def _save(folder: Path, cohort: Cohort, plan: Plan, learned: Learned) -> dict[st
     metrics, history, fold = learned.metrics(cohort), learned.history, learned.fold
     training = asdict(learned.recipe) | {
         "recipe": plan.recipe,
+        "options": plan.options,  # as they were asked for: weights to begin with are not those of the head
         "seed": learned.seed,
         "best_epoch": history.best_epoch,
         "train_loss": history.train_loss,

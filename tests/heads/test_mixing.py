@@ -7,6 +7,7 @@ import torch
 from heads import load_head
 from heads.mixing import MIXES, CutMix, SaliencyMix, saliency
 from heads.picture import Picture
+from heads.recipe import MIXES as RECIPES
 
 EDGE = 16
 
@@ -54,6 +55,11 @@ def test_what_is_salient_is_in_the_box(row, column):
         (top, left), (height, width) = mixed.put, mixed.box
         assert top <= row < top + height
         assert left <= column < left + width
+
+
+def test_recipes_know_the_names():
+    assert set(RECIPES) == {"none", *MIXES}
+    assert MIXES["scoremix-one-minus-p"]().complement == "one-minus-p"
 
 
 @pytest.mark.parametrize("name", MIXES)

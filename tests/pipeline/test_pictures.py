@@ -229,6 +229,27 @@ def test_a_model_of_a_scale_does_not_guess_that_of_images(out, tmp_path):
         predict(images(tmp_path), out / "models/scaled")
     with pytest.raises(UsageError, match="--zoom: scaled reads pixels"):
         predict(images(tmp_path), out / "models/scaled", tmp_path / "out", zoom=True)
+    with pytest.raises(UsageError, match="workers: scaled reads pixels in this process"):
+        predict(images(tmp_path), out / "models/scaled", tmp_path / "out", workers=2)
+
+
+def test_other_weights_in_the_same_file_train_folds_again(tmp_path):
+    """A file that an option names is known by what is in it, and by its name in the model's folder."""
+    import timm
+
+    images(tmp_path)
+    options = {"side": 2, "width": 16, "heads": 2, "cnn": "test_efficientnet", "word_px": 32}
+    file, said = tmp_path / "cnn.pth", []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        torch.save(timm.create_model("test_efficientnet").state_dict(), file)
+        trained = train(tmp_path, head="hatnet", name="h", cv=2, epochs=1, cnn_weights=str(file), **options)
+        said.append((trained.folder / "fold0/model.safetensors").read_bytes())
+        again = train(tmp_path, head="hatnet", name="h", cv=2, epochs=1, cnn_weights=str(file), **options)
+        assert (again.folder / "fold0/model.safetensors").read_bytes() == said[-1]
+    assert said[0] != said[1]
+    about = json.loads((trained.folder / "model.json").read_bytes())
+    assert about["training"]["options"]["cnn_weights"] == str(file)
 
 
 def test_where_a_head_of_pixels_looked_is_judged(out):
