@@ -190,7 +190,6 @@ def _training_slides(
     folds, _ = how.folds(cohort)
     if not 0 <= fold < len(folds):
         raise UsageError(f"--fold {fold}: they are numbered from 0 to {len(folds) - 1}")
-    assert fold is not None
     return cohort, folds[fold][1].train
 
 
