@@ -5,22 +5,23 @@ The stages stand in stages.py, the cluster that runs them in cluster.py.
 
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from extractors import Encoder, EncoderError
 
 from .cluster import Job, interruptible, local_or_named, require_encoder, work_through
-from .config import Config, make_config
+from .config import Config, digest, make_config
 from .errors import BrokenBag, SlideError, UsageError, slide_door
 from .featurefiles import FeatureFiles
 from .folder import Folder, find_slides
-from .lock import locked, was_locked
+from .leases import Course, Holder, Leases, alone, joined, living
 from .meter import Meter
-from .outcome import Outcome, Report, failed, write_outcomes
+from .outcome import Outcome, Report, failed, read_outcomes, write_outcomes
 from .output import batch_sizes, check_out, make_writable, require_writable, write_json, write_run, write_totals
 from .saving import Saving
 from .stages import Recipe, SlideFile, Tiler, is_current, load_tiler, make_recipe, open_encoder, stored_outcome
@@ -94,33 +95,58 @@ def _carry_out(
     todo = [file for file in files if not is_current(file, BagStore(out).group(file.name), recipe, deep=redo)]
     if model is not None:
         todo = _to_zoom(files, todo, out, recipe, model, redo)
+    todo.sort(key=_size, reverse=True)  # the largest first: no device is left with a large one at the end
+    work = digest([recipe.as_dict(), recipe.encoder_key, recipe.config.dtype, model.about if model else None])
+    if redo:
+        _require_nobody(out, living(out))
     require_writable(out)
     with ExitStack() as stack:
-        run_id = stack.enter_context(locked(out)) if was_locked(out) else None  # told before a cluster is started
         client = None
         if todo:
             stack.enter_context(interruptible())
             client = stack.enter_context(local_or_named(scheduler, workers, len(todo)))
             require_encoder(client, recipe.config)  # a wrong weights file is told before anything is written
         make_writable(out)
-        run_id = run_id or stack.enter_context(locked(out))
-        write_run(out, folder, recipe)
-        state = _State(out, files, todo, folder.skipped, progress)
+        leases = stack.enter_context(joined(out, work))
+        with alone(out):  # two runs that begin at the same time may not agree
+            check_out(out, folder, recipe, redo)
+            if redo:
+                _require_nobody(out, leases.others())
+            write_run(out, folder, recipe)
+        state = _State(out, files, todo, folder.skipped, progress, leases, partial(_is_done, out, recipe, model, redo))
         for note in notes:
             progress.note(note)
-        if model is not None:
-            for file in todo:  # what is to be made again is not there meanwhile
-                BagStore(out).group(file.name).drop(f"predictions/{model.name}")
         try:
             if client is not None:
                 sizes = batch_sizes(out, recipe.encoder_key)
-                job = Job(out, recipe, run_id, sizes, model.folder if model is not None else None)
+                job = Job(out, recipe, leases.holder.run, sizes, model.folder if model is not None else None)
                 state.interrupted = work_through(client, todo, job, state)
         finally:  # also of a run that has to stop: what it did stands in the table
             state.save()
         report = Report(tuple(state.rows()), state.meter, time.time() - started, state.interrupted)
-        write_totals(out, report, recipe.encoder_key, state.batch_sizes)
+        with alone(out):
+            write_totals(out, report, recipe.encoder_key, state.batch_sizes)
     return report
+
+
+def _require_nobody(out: Path, others: list[Holder]) -> None:
+    """--redo deletes what other runs may be about to finish."""
+    if others:
+        raise UsageError(f"{out} is in use by {others[0].words()}; --redo has to wait for it")
+
+
+def _is_done(out: Path, recipe: Recipe, model: "Model | None", redo: bool, file: SlideFile) -> bool:
+    """True if a slide that was to be worked on has been finished meanwhile, by a run that has left."""
+    if redo:
+        return False
+    group = BagStore(out).group(file.name)
+    if is_current(file, group, recipe):
+        return True
+    if model is None:
+        return False
+    from .zoom import is_zoomed
+
+    return is_zoomed(file, group, recipe, model)
 
 
 def _to_zoom(
@@ -162,38 +188,99 @@ def _encoder_facts(config: Config) -> Encoder:
 
 
 class _State:
-    """What is known of each slide while the run goes on, kept in slides.csv."""
+    """What is known of each slide while the run goes on, kept in slides.csv together with the other runs."""
 
     def __init__(
-        self, out: Path, files: list[SlideFile], todo: list[SlideFile], skipped: tuple[Outcome, ...], progress: Progress
+        self,
+        out: Path,
+        files: list[SlideFile],
+        todo: list[SlideFile],
+        skipped: tuple[Outcome, ...],
+        progress: Progress,
+        leases: Leases,
+        is_done: Callable[[SlideFile], bool],
     ) -> None:
-        self.path, self.progress = out / "slides.csv", progress
-        waiting = {file.name for file in todo}
+        self.out, self.progress, self.leases, self.is_done = out, progress, leases, is_done
+        self.waiting = {file.name: _size(file) for file in todo}
+        self.names = {file.name for file in files}
         store = BagStore(out)
         self.known = {o.slide: o for o in skipped}
-        self.known |= {f.name: stored_outcome(f.name, store.group(f.name)) for f in files if f.name not in waiting}
+        self.known |= {f.name: stored_outcome(f.name, store.group(f.name)) for f in files if f.name not in self.waiting}
         self.meter = Meter()  # of finished slides
         self.batch_sizes: dict[str, int] = {}  # of each device
         self.interrupted = False
         self.saved = 0.0
+        self.began = time.monotonic()
+        self.told: set[str] = set()  # runs that were named
+        self._count(0, 0)
         progress.start(len(files), len(todo))
 
+    def take(self, file: SlideFile) -> bool | None:
+        """True: the slide is ours to work on. False: it is settled. None: another run works on it."""
+        found = self.leases.take(file.name)
+        if isinstance(found, Holder):
+            if found.run not in self.told:
+                self.told.add(found.run)
+                self.progress.note(
+                    f"another run is at work here: {found.words()}; each slide is worked on by one of us"
+                )
+            return None
+        if found is None and self.is_done(file):  # by a run that has left
+            found = stored_outcome(file.name, BagStore(self.out).group(file.name))
+            self.leases.settle(file.name, found)
+        if found is None:
+            return True
+        self._know(found)
+        return False
+
     def add(self, outcome: Outcome, meter: Meter | None = None) -> None:
-        self.known[outcome.slide] = outcome
+        self.leases.require()
+        self.leases.settle(outcome.slide, outcome)
         self.meter += meter or Meter()
+        self._count(1, self.waiting.get(outcome.slide, 0))
+        self._know(outcome)
+
+    def _know(self, outcome: Outcome) -> None:
+        self.waiting.pop(outcome.slide, None)
+        self._count(0, 0)
+        self.known[outcome.slide] = outcome
         self.progress.slide(outcome)
         if time.time() - self.saved > 2:
             self.save()
 
+    def _count(self, slides: int, size: int) -> None:
+        """For the heartbeat."""
+        course = self.leases.holder.course
+        now = Course(
+            settled=course.settled + slides,
+            left=len(self.waiting),
+            settled_bytes=course.settled_bytes + size,
+            left_bytes=sum(self.waiting.values()),
+            seconds=round(time.monotonic() - self.began, 1),
+        )
+        self.leases.progress(now)
+
     def tiles(self, count: int, so_far: Meter) -> None:
+        self.leases.require()
         self.progress.tiles(count, so_far)
 
     def rows(self) -> Iterator[Outcome]:
         yield from sorted(self.known.values(), key=lambda o: o.slide)
 
     def save(self) -> None:
-        write_outcomes(self.path, self.rows())
+        """Rows of slides that this run knows nothing of yet are those of the other runs, or of an earlier one."""
+        path = self.out / "slides.csv"
+        with alone(self.out):
+            rows = {row.slide: row for row in read_outcomes(path) if row.slide in self.names}
+            write_outcomes(path, (rows | self.known).values())
         self.saved = time.time()
+
+
+def _size(file: SlideFile) -> int:
+    try:
+        return file.path.stat().st_size
+    except OSError:
+        return 0  # told where it is opened
 
 
 def predict(

@@ -7,17 +7,18 @@ never pixels.
 
 import logging
 import os
+import random
 import signal
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache, partial
 from multiprocessing import resource_tracker
 from pathlib import Path
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import Any, Protocol
 
 import dask
@@ -40,7 +41,7 @@ from .agreement import cosine_to_fp32
 from .config import Config
 from .encode import Encoded, Settings
 from .errors import MACHINE_ERRNOS, RunStopped, SlideError, UnreadableSlide, UsageError
-from .lock import require_current
+from .leases import require_current
 from .meter import Meter
 from .outcome import Outcome, failed
 from .stages import Recipe, SlideFile, encode, open_encoder, prepare
@@ -59,12 +60,16 @@ MAX_WORKERS = 16  # unless told
 CORES_PER_ENCODER = 4  # of a CPU: more threads on one batch gain little
 ENCODER = "ENCODER"  # the Dask resource of a worker that may hold an encoder
 AHEAD_SLIDES, AHEAD_TILES = 32, 4096  # given to one encoder beyond the slide it works on: the lesser of the two
+LOOK_S = 1.0  # how often it is looked whether other runs have finished their slides
 
 
 class State(Protocol):
-    """Who keeps the rows and is told while a run goes on."""
+    """Who keeps the rows, knows which slides are ours, and is told while a run goes on."""
 
     batch_sizes: dict[str, int]
+
+    def take(self, file: SlideFile) -> bool | None:
+        """True: the slide is ours to work on. False: it is settled. None: another run works on it."""
 
     def add(self, outcome: Outcome, meter: Meter | None = None) -> None: ...
     def tiles(self, count: int, so_far: Meter) -> None: ...
@@ -261,6 +266,7 @@ class _Pass:
     def __init__(self, client: Client, files: list[SlideFile], job: Job, state: State) -> None:
         self._client, self._job, self._state = client, job, state
         self._waiting = deque(files)
+        self._elsewhere: list[SlideFile] = []  # other runs work on them
         self._preparing: dict[Future, SlideFile] = {}
         self._ready: deque[tuple[SlideFile, Outcome]] = deque()
         self._slots: list[_Slot] = []
@@ -273,17 +279,21 @@ class _Pass:
         self._client.subscribe_topic(self._topic, lambda event: self._inbox.put(event[1]))
         try:
             encoders = _encoders(self._client)
-            self._in_flight = 2 * len(_workers(self._client)) + AHEAD_SLIDES * len(encoders)
+            self._workers = len(_workers(self._client))
             for worker in encoders[: len(self._waiting)]:
                 self._start_slot(worker)
-            while self._waiting or self._preparing or self._ready:
+            while self._waiting or self._elsewhere or self._preparing or self._ready:
                 self._submit()
-                if self._ready or self._preparing:
-                    self._answer(self._inbox.get())
+                self._listen()
+            while any(slot.given for slot in self._slots):
+                self._share()
+                if not any(slot.queue.qsize() for slot in self._slots):
+                    break
+                self._listen()
             for slot in self._slots:
                 slot.queue.put(None)  # no more will come: what has gathered is encoded at once
             while any(slot.given for slot in self._slots):
-                self._answer(self._inbox.get())
+                self._listen()
             for slot in self._slots:
                 _result(slot.task)
             return self._suspects
@@ -291,6 +301,29 @@ class _Pass:
             for slot in self._slots:
                 slot.queue.close()
             self._client.unsubscribe_topic(self._topic)
+
+    def _listen(self) -> None:
+        """To whatever comes next; for a moment only where something may change that nobody tells of."""
+        busy = self._preparing or self._ready or any(slot.given for slot in self._slots)
+        if not busy and not self._elsewhere:
+            return
+        try:
+            # Not the same for all runs: two that want the same slide at the same moment both stand back.
+            self._answer(self._inbox.get(timeout=LOOK_S * random.uniform(0.5, 1.5)))
+        except Empty:
+            self._waiting.extend(self._elsewhere)
+            self._elsewhere.clear()
+
+    def _share(self) -> None:
+        """What one encoder was given and has not begun goes to another that has nothing to do."""
+        for idle in [slot for slot in self._slots if not slot.given]:
+            rich = max(self._slots, key=lambda slot: slot.tiles)
+            if len(rich.given) < 2:
+                return
+            with suppress(TimeoutError):  # it has taken all of them from its queue
+                item = rich.queue.get(timeout=0.1)
+                idle.given[item[0]] = rich.given.pop(item[0])
+                idle.queue.put(item)
 
     def _start_slot(self, worker: str) -> None:
         queue = Queue(f"{self._topic}-{worker}-{time.monotonic_ns()}", client=self._client)
@@ -301,9 +334,13 @@ class _Pass:
 
     def _submit(self) -> None:
         """New slides to be prepared, and prepared ones to the encoder that has least to do."""
-        given = sum(len(slot.given) for slot in self._slots)
-        while self._waiting and len(self._preparing) + len(self._ready) + given < self._in_flight:
+        while self._waiting and self._wants_more():
             file = self._waiting.popleft()
+            mine = self._state.take(file)
+            if mine is None:
+                self._elsewhere.append(file)
+            if not mine:
+                continue
             future = self._client.submit(_prepare_task, file, self._job, pure=False, retries=0)
             self._preparing[future] = file
             future.add_done_callback(self._inbox.put)
@@ -314,6 +351,13 @@ class _Pass:
             file, row = self._ready.popleft()
             slot.given[file.name] = (file, row.tiles or 0)
             slot.queue.put((file.name, str(file.path), file.mpp, asdict(row)))
+
+    def _wants_more(self) -> bool:
+        """A bounded number ahead of the encoders: what this run holds no other run can work on."""
+        tiles = sum(row.tiles or 0 for _, row in self._ready)
+        slots = max(1, len(self._slots))
+        ahead = tiles < AHEAD_TILES * slots and len(self._ready) < AHEAD_SLIDES * slots
+        return ahead and len(self._preparing) < 2 * self._workers
 
     def _answer(self, message: Any) -> None:
         if isinstance(message, dict):

@@ -14,7 +14,7 @@ from typing import Any
 from .config import difference
 from .errors import UsageError
 from .folder import Folder
-from .lock import running
+from .leases import FOLDER, Holder, held, living
 from .outcome import Report, read_outcomes
 from .stages import Recipe, versions
 from .store import BagStore, SlideGroup, read_attrs
@@ -49,11 +49,14 @@ def check_out(out: Path, folder: Folder, recipe: Recipe, redo: bool) -> None:
 def require_writable(out: Path) -> None:
     """UsageError if OUT cannot be written to, or made; leaves nothing behind."""
     there = next(folder for folder in (out, *out.parents) if folder.exists())
-    try:
-        with tempfile.TemporaryFile(dir=there):
-            pass
-    except OSError as error:
-        raise UsageError(f"{out} cannot be written to: {error.strerror}") from error
+    for folder in (there, out / FOLDER):  # the second may be another user's
+        try:
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            raise UsageError(f"{folder} cannot be written to: {error.strerror}") from error
 
 
 def make_writable(out: Path) -> None:
@@ -132,22 +135,27 @@ def status_lines(out: Path) -> tuple[list[str], int]:
     about = read_run(out)
     if not about:
         raise UsageError(f"{out} is no output folder of `slidestream run`")
+    runs, running = living(out), held(out)
     store = BagStore(out)
     states = {name: store.group(name).status for name in store.slides()}
     rows = {row.slide: row for row in read_outcomes(out / "slides.csv")}
     faults = [
-        row for row in rows.values() if row.status == "failed" and states.get(row.slide) not in ("complete", "empty")
+        row
+        for row in rows.values()
+        if row.status == "failed" and row.slide not in running and states.get(row.slide) not in ("complete", "empty")
     ]
     counts = {
         "done": sum(state == "complete" for state in states.values()),
         "empty": sum(state == "empty" for state in states.values()),
         "predicted by zoom, without features": 0,
+        "running": len(running),
+        "waiting": max(0, min((run.course.left for run in runs), default=0) - len(running)),
         "unfinished": 0,
         "failed": len(faults),
     }
-    for name in {name for name, state in states.items() if state == "writing"} - {row.slide for row in faults}:
+    begun = {name for name, state in states.items() if state == "writing"} - running.keys()
+    for name in begun - {row.slide for row in faults}:
         counts["predicted by zoom, without features" if _is_zoomed(store.group(name)) else "unfinished"] += 1
-    holder = running(out)
     mended = {row.slide for row in rows.values() if row.status == "failed"} - {row.slide for row in faults}
     known = tuple(replace(row, status="done") if row.slide in mended else row for row in rows.values())
     lines = [
@@ -159,10 +167,38 @@ def status_lines(out: Path) -> tuple[list[str], int]:
             if e["weights_sha256"] == "random"
         ),
         f"slides      {', '.join(f'{number} {state}' for state, number in counts.items() if number) or 'none yet'}",
-        f"run         {'going on: ' + holder if holder else 'none is going on'}",
+        *_course_lines(runs, running),
         *(f"failed      {row.slide}: {row.stage}: {row.message}" for row in faults),
     ]
     return lines, Report(known).exit_code
+
+
+def _course_lines(runs: list[Holder], running: dict[str, Holder]) -> list[str]:
+    """The runs that are at work, what they hold, how long is left."""
+    if not runs:
+        return ["run         none is going on"]
+    return [
+        *(f"run         going on: {run.words()}; {run.course.settled} slides finished" for run in runs),
+        *(f"running     {slide}" for slide in sorted(running)),
+        f"left        {_left(runs)}",
+    ]
+
+
+def _left(runs: list[Holder]) -> str:
+    """By the bytes of slide files, at the pace of all runs together."""
+    pace = sum(run.course.bytes_per_s for run in runs)
+    if not pace:
+        return "not known before the first slide is finished"
+    return f"about {in_words(min(run.course.left_bytes for run in runs) / pace)}"
+
+
+def in_words(seconds: float) -> str:
+    """A time as people say it."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    if seconds < 90 * 60:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h"
 
 
 def _is_zoomed(group: SlideGroup) -> bool:

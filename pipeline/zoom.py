@@ -155,6 +155,7 @@ class _Visit:
             raise CorruptTiles(self._file.name, "encode", reason)
 
     def _begin(self) -> Descent:
+        self._group.drop(f"predictions/{self._model.name}")  # what is made again is not there meanwhile
         self._tree = self._group.tree()
         levels = [BagLevel.of(grid=level.grid, parent=level.parent, mpp=level.mpp) for level in self._tree.levels]
         head = require_choosing(self._model)

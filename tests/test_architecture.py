@@ -50,6 +50,7 @@ ORDER = (
         "stages",
         "zoom",
         "lock",
+        "leases",
         "output",
         "pool",
         "labels",

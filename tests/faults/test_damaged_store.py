@@ -1,4 +1,4 @@
-"""Rows 58 and 60-63 of the fault matrix: output folders that are damaged, half written, in use or read-only.
+"""Rows 57, 58 and 60-63 of the fault matrix: output folders that are damaged, half written, in use or read-only.
 
 Each damage is refused by name where the store is read, and mended by the same command, byte for byte.
 """
@@ -14,13 +14,14 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.errors import BrokenBag, UsageError
-from pipeline.lock import locked, running
+from pipeline.errors import BrokenBag
+from pipeline.leases import FOLDER, GUARD, living
 
 HOLD = """
 import sys, pathlib
-from pipeline.lock import locked
-with locked(pathlib.Path(sys.argv[1])):
+from pipeline.leases import joined
+with joined(pathlib.Path(sys.argv[1]), "work") as leases:
+    leases.take(sys.argv[2])
     print("held", flush=True)
     sys.stdin.read()
 """
@@ -213,19 +214,21 @@ def test_slide_file_that_was_touched_is_not_done_again(stored, line):
 
 
 @pytest.fixture
-def held(tmp_path):
-    """An output folder that another process holds."""
+def other(tmp_path, neighbour):
+    """An output folder in which another process works on a slide."""
     out = tmp_path / "out"
     out.mkdir()
-    with subprocess.Popen([sys.executable, "-c", HOLD, out], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+    command = [sys.executable, "-c", HOLD, out, neighbour[0].name]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
         assert holder.stdout.readline() == b"held\n"
         yield out, holder
         holder.kill()
 
 
-def test_row_57_second_run_is_refused(held, neighbour, cli):
-    out, holder = held
-    result = cli("run", neighbour[0], "-o", out, "-e", "lab_lbp")
+def test_row_57_redo_beside_another_run_is_refused(other, neighbour, cli):
+    """It would delete what the other is about to finish."""
+    out, holder = other
+    result = cli("run", neighbour[0], "-o", out, "-e", "lab_lbp", "--redo")
     assert result.code == 1
     assert f"process {holder.pid} on {socket.gethostname()}" in result.err
     assert "Traceback" not in result.err
@@ -233,28 +236,14 @@ def test_row_57_second_run_is_refused(held, neighbour, cli):
     assert not (out / "slides.csv").exists()
 
 
-def test_row_57_one_lock_at_a_time_in_one_process(tmp_path):
-    with locked(tmp_path):
-        assert str(os.getpid()) in running(tmp_path)
-        with pytest.raises(UsageError, match=f"process {os.getpid()} on "), locked(tmp_path):
-            pass
-    assert running(tmp_path) == ""
-
-
-def test_row_58_lock_of_a_dead_run_is_taken_over(held):
-    out, holder = held
+def test_row_58_slides_of_a_dead_run_are_taken_over(other, neighbour, slidestream):
+    out, holder = other
     holder.kill()
     holder.wait()
-    assert running(out) == ""
-    with locked(out):
-        assert f"process {os.getpid()}" in running(out)
-
-
-@pytest.mark.parametrize("content", ["", "{", "[]", "\0\xff"])
-def test_row_58_lock_file_without_sense_is_taken_over(content, tmp_path):
-    (tmp_path / ".lock").write_text(content)
-    with locked(tmp_path):
-        assert f"process {os.getpid()}" in running(tmp_path)
+    assert living(out) == []
+    result = slidestream("run", neighbour[0], "-o", out, "-e", "lab_lbp", "--tile-px", "64", "--workers", "1")
+    assert result.code == 0, result.err
+    assert [path for path in (out / FOLDER).rglob("*") if path.is_file() and path.name != GUARD] == []
 
 
 def test_row_60_read_only_folder(open_folder, neighbour, as_nobody, cli):
@@ -298,8 +287,8 @@ def test_row_60_read_only_folder_of_a_finished_run(open_folder, neighbour, as_no
     for name in ("", "slides", "qc", "logs"):
         (out / name).mkdir()
         (out / name).chmod(0o777)
-    (out / ".lock").write_text("{}")
-    (out / ".lock").chmod(0o444)
+    (out / FOLDER).mkdir()
+    (out / FOLDER / GUARD).touch(0o444)
     with as_nobody():
         result = cli("run", open_folder / "a.svs", "-o", out, "-e", "lab_lbp")
     assert result.code == 1

@@ -11,12 +11,13 @@ from extractors import Encoder, EncoderFacts
 from pipeline.config import make_config
 from pipeline.errors import UsageError
 from pipeline.folder import Folder
-from pipeline.lock import locked
+from pipeline.leases import Course, joined
 from pipeline.meter import Meter
 from pipeline.outcome import Outcome, Report, write_outcomes
 from pipeline.output import (
     batch_sizes,
     check_out,
+    in_words,
     make_writable,
     read_run,
     status_lines,
@@ -193,10 +194,27 @@ def test_the_code_agrees_with_the_words(out):
 
 
 def test_status_while_a_run_is_going(out):
-    with locked(out):
+    write_outcomes(out / "slides.csv", [Outcome("e", "failed", "encode", "CorruptTiles", "bad")])
+    with joined(out, "work") as run:
+        text = "\n".join(status_lines(out)[0])
+        assert f"going on: process {os.getpid()} on " in text
+        assert "left        not known before the first slide is finished" in text
+        run.take("e")
+        run.progress(Course(settled=2, left=5, settled_bytes=600, left_bytes=9000, seconds=60))
+        run.beat()
         lines, code = status_lines(out)
-    assert any("going on: process" in line for line in lines)
+    text = "\n".join(lines)
+    assert "2 done, 1 empty, 1 running, 4 waiting, 1 unfinished" in text, "what failed before is being tried again"
+    assert "running     e" in text
+    assert "2 slides finished" in text
+    assert "left        about 15 min" in text
     assert code == 0
+    assert "none is going on" in "\n".join(status_lines(out)[0])
+
+
+@pytest.mark.parametrize(("seconds", "words"), [(3, "3 s"), (300, "5 min"), (9000, "2.5 h")])
+def test_time_in_words(seconds, words):
+    assert in_words(seconds) == words
 
 
 def test_status_warns_of_random_weights(out):
