@@ -15,7 +15,7 @@ from extractors import Encoder, EncoderError
 
 from .cluster import Job, interruptible, local_or_named, require_encoder, work_through
 from .config import Config, make_config
-from .errors import BrokenBag, SlideError, UsageError, slide_door
+from .errors import BrokenBag, SlideError, UsageError, machine_door, slide_door
 from .featurefiles import FeatureFiles
 from .folder import Folder, find_slides
 from .lock import locked, was_locked
@@ -95,7 +95,7 @@ def _carry_out(
     if model is not None:
         todo = _to_zoom(files, todo, out, recipe, model, redo)
     require_writable(out)
-    with ExitStack() as stack:
+    with machine_door(), ExitStack() as stack:
         run_id = stack.enter_context(locked(out)) if was_locked(out) else None  # told before a cluster is started
         client = None
         if todo:
