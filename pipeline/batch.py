@@ -16,7 +16,7 @@ from extractors import Encoder, EncoderError
 
 from .cluster import Job, interruptible, local_or_named, require_encoder, work_through
 from .config import Config, digest, make_config
-from .errors import BrokenBag, SlideError, UsageError, slide_door
+from .errors import BrokenBag, SlideError, UsageError, machine_door, slide_door
 from .featurefiles import FeatureFiles
 from .folder import Folder, find_slides
 from .leases import Course, Holder, Leases, alone, joined, living
@@ -100,7 +100,7 @@ def _carry_out(
     if redo:
         _require_nobody(out, living(out))
     require_writable(out)
-    with ExitStack() as stack:
+    with machine_door(), ExitStack() as stack:
         client = None
         if todo:
             stack.enter_context(interruptible())

@@ -13,6 +13,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import CancelledError
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache, partial
@@ -34,24 +35,30 @@ from distributed import (
     get_worker,
     secede,
 )
+from distributed.system import MEMORY_LIMIT  # so does this
 
 from extractors import Encoder, EncoderError
 
 from .agreement import cosine_to_fp32
 from .config import Config
 from .encode import Encoded, Settings
-from .errors import MACHINE_ERRNOS, RunStopped, SlideError, UnreadableSlide, UsageError
+from .errors import RunStopped, SlideError, UnreadableSlide, UsageError, machine_door
+from .fingerprint import device
 from .leases import require_current
 from .meter import Meter
 from .outcome import Outcome, failed
 from .stages import Recipe, SlideFile, encode, open_encoder, prepare
-from .worker import importing, set_up_process
+from .worker import Watch, expect, importing, set_up_process
 
 # What keeps Dask from waiting for ever, or from blaming innocents, when a worker dies.
-DASK = {
+DASK: dict[str, Any] = {
     "distributed.deploy.lost-worker-timeout": "1h",  # by default a worker that is slow to return is dropped for good
-    "distributed.scheduler.no-workers-timeout": "300s",  # by default tasks wait for ever
     "distributed.scheduler.allowed-failures": 0,  # we try suspects again ourselves, each alone
+    # A worker that holds too much is not put to sleep, as that helps nobody, but ended, before the machine is.
+    "distributed.worker.memory.target": False,
+    "distributed.worker.memory.spill": False,
+    "distributed.worker.memory.pause": False,
+    "distributed.worker.memory.terminate": 0.9,  # of its share of the memory
     "distributed.worker.daemon": True,
     "distributed.admin.system-monitor.gil.enabled": False,
     "distributed.worker.profile.enabled": False,  # it keeps what every thread did, second by second
@@ -60,7 +67,10 @@ MAX_WORKERS = 16  # unless told
 CORES_PER_ENCODER = 4  # of a CPU: more threads on one batch gain little
 ENCODER = "ENCODER"  # the Dask resource of a worker that may hold an encoder
 AHEAD_SLIDES, AHEAD_TILES = 32, 4096  # given to one encoder beyond the slide it works on: the lesser of the two
-LOOK_S = 1.0  # how often it is looked whether other runs have finished their slides
+PATIENCE_S = 600.0  # without a sign of life a slide is given up; SLIDESTREAM_PATIENCE says otherwise
+SLOWEST = 1e6  # bytes of a slide that are read in a second, at least, beyond that
+WITHOUT_WORKERS = 0.4  # of that patience, until a run without workers stops
+LOOK_S = 1.0  # between two looks at who is there
 
 
 class State(Protocol):
@@ -86,6 +96,14 @@ class Job:
     run_id: str
     batch_sizes: dict[str, int] = field(default_factory=dict)
     model: Path | None = None
+    patience: float = field(default_factory=lambda: float(os.environ.get("SLIDESTREAM_PATIENCE", PATIENCE_S)))
+
+    def seconds_to_prepare(self, file: SlideFile) -> float:
+        """How long a slide may take: a file of one huge level is read whole for its thumbnail."""
+        try:
+            return self.patience + os.stat(file.path).st_size / SLOWEST
+        except OSError:
+            return self.patience
 
 
 # -- in the workers --
@@ -100,7 +118,12 @@ def _load_task(config: Config) -> None:
 
 def _prepare_task(file: SlideFile, job: Job) -> Outcome:
     require_current(job.out, job.run_id)
-    return prepare(file, job.recipe, job.out)
+    expect("prepare", job.seconds_to_prepare(file))
+    try:
+        with machine_door():
+            return prepare(file, job.recipe, job.out)
+    finally:
+        expect("prepare", None)
 
 
 def _encode_task(slides: str, topic: str, job: Job) -> None:
@@ -109,10 +132,11 @@ def _encode_task(slides: str, topic: str, job: Job) -> None:
     secede()  # prepares slides meanwhile
     set_up_process()
     device, encoder = _device_and_encoder(config)
-    live = _Live(worker, topic, slides)
+    live, watch = _Live(worker, topic, slides), Watch("encode", job.patience)
 
     def on_tiles(count: int, so_far: Meter) -> None:
         require_current(job.out, job.run_id)
+        watch.heard()
         live.tell(count, so_far)
 
     settings = Settings(
@@ -121,14 +145,19 @@ def _encode_task(slides: str, topic: str, job: Job) -> None:
         threads=_threads(),
         queue_bytes=config.queue_mb << 20,
     )
-    pulled = _pulled(Queue(slides), job)
+    pulled = _pulled(Queue(slides), job, watch)
     if job.model is None:
         rows = encode(filter(None, pulled), encoder, job.out, job.recipe, device, on_tiles, settings)
     else:
         rows = _zoom(job.model)(pulled, encoder, job.out, job.recipe, device, on_tiles, settings)
-    for outcome, result in rows:
-        sizes = {device_name(device): result.batch_size} if result.batch_size else {}
-        worker.log_event(topic, {"row": asdict(outcome), "meter": asdict(result.meter), "batch_sizes": sizes})
+    try:
+        with machine_door():
+            for outcome, result in rows:
+                watch.heard(-1)
+                sizes = {device_name(device): result.batch_size} if result.batch_size else {}
+                worker.log_event(topic, {"row": asdict(outcome), "meter": asdict(result.meter), "batch_sizes": sizes})
+    finally:
+        watch.close()
 
 
 def _zoom(model: Path) -> Callable[..., Iterator[tuple[Outcome, Encoded]]]:
@@ -139,7 +168,7 @@ def _zoom(model: Path) -> Callable[..., Iterator[tuple[Outcome, Encoded]]]:
     return partial(zoom, load_model(model))
 
 
-def _pulled(slides: Queue, job: Job) -> Iterator[tuple[SlideFile, Outcome] | None]:
+def _pulled(slides: Queue, job: Job, watch: Watch) -> Iterator[tuple[SlideFile, Outcome] | None]:
     """None: there is none for now. Slides that are zoomed into come back meanwhile, and are not to wait for long."""
     patience = 5 if job.model is None else 0.2
     while True:
@@ -152,6 +181,7 @@ def _pulled(slides: Queue, job: Job) -> Iterator[tuple[SlideFile, Outcome] | Non
         if item is None:
             return
         name, path, mpp, row = item
+        watch.heard(+1)
         yield SlideFile(name, Path(path), mpp), Outcome(**row)
 
 
@@ -215,6 +245,7 @@ class _Slot:
     queue: Queue
     task: Future
     given: dict[str, tuple[SlideFile, int]] = field(default_factory=dict)
+    heard: float = 0.0  # when it last told of tiles, or had nothing to do
 
     @property
     def tiles(self) -> int:
@@ -227,26 +258,73 @@ class _Slot:
 
 def work_through(client: Client, todo: list[SlideFile], job: Job, state: State) -> bool:
     """Every slide through `prepare` and `encode`, a bounded number in flight. True if the user interrupted."""
+    disks = _Disks(todo)
     try:
-        suspects = _Pass(client, todo, job, state).run()
+        suspects = _Pass(client, todo, job, state, disks).run()
         # A worker's death makes suspects of all it held; tried again alone, only the culprit dies twice.
-        for file in suspects:
-            for culprit in _Pass(client, [file], job, state).run():
-                reason = "the process that worked on it died twice (killed by the system, or a crash in a library)"
-                state.add(failed(culprit.name, UnreadableSlide(str(culprit.path), "encode", reason)))
+        for suspect in suspects:
+            for culprit in _Pass(client, [suspect.file], job, state, disks).run():
+                error = UnreadableSlide(str(culprit.file.path), culprit.stage, _why(client, culprit, job))
+                state.add(failed(culprit.file.name, error))
         return False
     except KeyboardInterrupt:
         return True
+    except (OSError, CancelledError) as error:  # of a connection: files have doors of their own
+        raise RunStopped("the connection to the scheduler was lost") from error
+
+
+@dataclass(frozen=True)
+class _Suspect:
+    """A slide whose worker has died: which, at what, and for how long nothing had been heard of it."""
+
+    file: SlideFile
+    stage: str
+    worker: str
+    quiet: float
+
+
+def _why(client: Client, suspect: _Suspect, job: Job) -> str:
+    """What is known of how a worker died that had nothing but this slide."""
+    too_large = {event["worker"] for _, event in client.get_events("worker-restart-memory")}
+    if suspect.worker in too_large:
+        return "it takes more memory than a worker has; with fewer --workers each has more"
+    limit = job.seconds_to_prepare(suspect.file) if suspect.stage == "prepare" else job.patience
+    if suspect.quiet >= limit:
+        return f"it took longer than {limit:.0f} s, twice; a library that reads it hangs, or its disk"
+    return "the process that worked on it died twice (killed by the system, or a crash in a library)"
+
+
+class _Disks:
+    """On which devices the slides lay when the run began."""
+
+    def __init__(self, files: list[SlideFile]) -> None:
+        with machine_door():
+            real = {file.name: Path(os.path.realpath(file.path)) for file in files}
+            self._known = {name: (path, device(path)) for name, path in real.items()}
+
+    def require(self, slide: str) -> None:
+        """RunStopped if a slide that has failed is gone with the disk it lay on: all others would fail too."""
+        path, before = self._known[slide]
+        with machine_door():
+            if device(path) != before:
+                raise RunStopped(f"{path} is gone with its disk, which is not mounted any more")
 
 
 def require_encoder(client: Client, config: Config) -> None:
     """Load the encoder in a worker, which keeps it. Raises UsageError where its weights do not fit."""
-    if _until(lambda: _encoders(client), 60):
-        place = {"workers": _encoders(client)[:1], "allow_other_workers": False, "pure": False, "retries": 0}
-        future = client.submit(_load_task, config, **place)
-        if isinstance(future.exception(), KilledWorker):
-            raise RunStopped("the process that loaded the encoder died (killed by the system?)")
-        _result(future)
+    place = {"workers": _require_encoders(client)[:1], "allow_other_workers": False, "pure": False, "retries": 0}
+    future = client.submit(_load_task, config, **place)
+    if isinstance(future.exception(), KilledWorker):
+        raise RunStopped("the process that loaded the encoder died (killed by the system?)")
+    _result(future)
+
+
+def _require_encoders(client: Client) -> list[str]:
+    """Those that are there, or come up within a minute: a nanny needs a moment to start its worker again."""
+    found: list[str] = _until(lambda: _encoders(client), 60)
+    if not found:
+        raise RunStopped("no worker is there that could encode")
+    return found
 
 
 def _encoders(client: Client) -> list[str]:
@@ -263,22 +341,23 @@ def _workers(client: Client) -> dict[str, dict[str, Any]]:
 class _Pass:
     """Takes every slide through both tasks once; `run` returns those whose worker died."""
 
-    def __init__(self, client: Client, files: list[SlideFile], job: Job, state: State) -> None:
-        self._client, self._job, self._state = client, job, state
+    def __init__(self, client: Client, files: list[SlideFile], job: Job, state: State, disks: _Disks) -> None:
+        self._client, self._job, self._state, self._disks = client, job, state, disks
         self._waiting = deque(files)
         self._elsewhere: list[SlideFile] = []  # other runs work on them
-        self._preparing: dict[Future, SlideFile] = {}
+        self._preparing: dict[Future, tuple[SlideFile, float]] = {}  # since when
         self._ready: deque[tuple[SlideFile, Outcome]] = deque()
         self._slots: list[_Slot] = []
-        self._suspects: list[SlideFile] = []
+        self._suspects: dict[str, _Suspect] = {}
         self._inbox: SimpleQueue[Any] = SimpleQueue()  # futures that are done, and events
         self._so_far: dict[str, Meter] = {}  # of each encoder
         self._topic = f"slidestream-{job.run_id}"
+        self._looked = self._peopled = time.monotonic()  # when it was last looked who is there, and anybody was
 
-    def run(self) -> list[SlideFile]:
+    def run(self) -> list[_Suspect]:
         self._client.subscribe_topic(self._topic, lambda event: self._inbox.put(event[1]))
         try:
-            encoders = _encoders(self._client)
+            encoders = _require_encoders(self._client)
             self._workers = len(_workers(self._client))
             for worker in encoders[: len(self._waiting)]:
                 self._start_slot(worker)
@@ -296,23 +375,28 @@ class _Pass:
                 self._listen()
             for slot in self._slots:
                 _result(slot.task)
-            return self._suspects
+            return list(self._suspects.values())
         finally:
-            for slot in self._slots:
-                slot.queue.close()
-            self._client.unsubscribe_topic(self._topic)
+            if self._client.status == "running":
+                for slot in self._slots:
+                    slot.queue.close()
+                self._client.unsubscribe_topic(self._topic)
 
     def _listen(self) -> None:
-        """To whatever comes next; for a moment only where something may change that nobody tells of."""
-        busy = self._preparing or self._ready or any(slot.given for slot in self._slots)
-        if not busy and not self._elsewhere:
+        """To what is in the inbox next; while nothing is, it is looked who is there and what other runs have left."""
+        if not (self._elsewhere or self._preparing or self._ready or any(slot.given for slot in self._slots)):
             return
         try:
             # Not the same for all runs: two that want the same slide at the same moment both stand back.
-            self._answer(self._inbox.get(timeout=LOOK_S * random.uniform(0.5, 1.5)))
+            message = self._inbox.get(timeout=LOOK_S * random.uniform(0.5, 1.5))
         except Empty:
+            self._look()
             self._waiting.extend(self._elsewhere)
             self._elsewhere.clear()
+            return
+        if time.monotonic() - self._looked > 10 * LOOK_S:
+            self._look()
+        self._answer(message)
 
     def _share(self) -> None:
         """What one encoder was given and has not begun goes to another that has nothing to do."""
@@ -322,7 +406,7 @@ class _Pass:
                 return
             with suppress(TimeoutError):  # it has taken all of them from its queue
                 item = rich.queue.get(timeout=0.1)
-                idle.given[item[0]] = rich.given.pop(item[0])
+                idle.given[item[0]], idle.heard = rich.given.pop(item[0]), time.monotonic()
                 idle.queue.put(item)
 
     def _start_slot(self, worker: str) -> None:
@@ -342,13 +426,15 @@ class _Pass:
             if not mine:
                 continue
             future = self._client.submit(_prepare_task, file, self._job, pure=False, retries=0)
-            self._preparing[future] = file
+            self._preparing[future] = file, time.monotonic()
             future.add_done_callback(self._inbox.put)
         while self._ready and self._slots:
             slot = min(self._slots, key=lambda slot: slot.tiles)
             if not slot.has_room:
                 break
             file, row = self._ready.popleft()
+            if not slot.given:
+                slot.heard = time.monotonic()
             slot.given[file.name] = (file, row.tiles or 0)
             slot.queue.put((file.name, str(file.path), file.mpp, asdict(row)))
 
@@ -359,38 +445,65 @@ class _Pass:
         ahead = tiles < AHEAD_TILES * slots and len(self._ready) < AHEAD_SLIDES * slots
         return ahead and len(self._preparing) < 2 * self._workers
 
+    def _look(self) -> None:
+        """Raise RunStopped if nobody is there any more; a scheduler of others may wait for ever for one that died."""
+        if self._client.status != "running":
+            raise RunStopped("the connection to the scheduler was lost")
+        there, now = _workers(self._client), time.monotonic()
+        self._looked = now
+        if there:
+            self._peopled = now
+        elif now - self._peopled > self._job.patience * WITHOUT_WORKERS:
+            raise RunStopped(f"there has been no worker for {now - self._peopled:.0f} s")
+        for slot in [slot for slot in self._slots if there and slot.worker not in there]:
+            slot.task.cancel()
+            self._bury(slot)
+
     def _answer(self, message: Any) -> None:
         if isinstance(message, dict):
             self._hear(message)
         elif message in self._preparing:
-            file, outcome = self._preparing.pop(message), _result(message)
+            (file, began), outcome = self._preparing.pop(message), _result(message)
             if outcome is None:
-                self._suspects.append(file)
+                quiet, last = time.monotonic() - began, message.exception().last_worker.address
+                self._suspects[file.name] = _Suspect(file, "prepare", last, quiet)
             elif outcome.status == "ready":
                 self._ready.append((file, outcome))
             else:
-                self._state.add(outcome)
+                self._add(outcome)
         else:
-            self._bury(message)
+            for slot in [slot for slot in self._slots if slot.task is message]:
+                _result(message)  # its process has died, or there was no more to do; what else it met is raised
+                self._bury(slot)
+
+    def _add(self, outcome: Outcome, meter: Meter | None = None) -> None:
+        if outcome.status == "failed":
+            self._disks.require(outcome.slide)
+        self._state.add(outcome, meter)
 
     def _hear(self, event: dict[str, Any]) -> None:
         """Of tiles that were encoded, or of a slide that is finished."""
         if "tiles" in event:
+            for slot in self._slots:
+                if slot.queue.name == event["slot"]:
+                    slot.heard = time.monotonic()
             self._so_far[event["slot"]] = Meter(**event["so_far"])
             self._state.tiles(event["tiles"], sum(self._so_far.values(), Meter()))
             return
         outcome = Outcome(**event["row"])
         for slot in self._slots:
-            slot.given.pop(outcome.slide, None)
+            if slot.given.pop(outcome.slide, None):
+                slot.heard = time.monotonic()
+        self._suspects.pop(outcome.slide, None)  # its process died after it was told of
         self._state.batch_sizes |= event["batch_sizes"]
-        self._state.add(outcome, Meter(**event["meter"]))
+        self._add(outcome, Meter(**event["meter"]))
 
-    def _bury(self, task: Future) -> None:
-        """An encoder has ended: its process has died, or there was no more to do. What else it met is raised."""
-        _result(task)
-        slot = next(slot for slot in self._slots if slot.task is task)
+    def _bury(self, slot: _Slot) -> None:
+        """An encoder has ended: its slides are suspects, and another worker takes its place."""
         self._slots.remove(slot)
-        self._suspects += [file for file, _ in slot.given.values()]
+        quiet = time.monotonic() - slot.heard
+        for file, _ in slot.given.values():
+            self._suspects[file.name] = _Suspect(file, "encode", slot.worker, quiet)
         if not (self._waiting or self._preparing or self._ready):
             return
         busy = {slot.worker for slot in self._slots}
@@ -420,8 +533,6 @@ def _result(future: Future) -> Any:
         return None
     if isinstance(error, RunStopped | UsageError):
         raise error
-    if isinstance(error, OSError) and error.errno in MACHINE_ERRNOS:
-        raise RunStopped(f"{error.strerror}{f': {error.filename}' if error.filename else ''}") from error
     if isinstance(error, SlideError):
         raise RuntimeError("a stage let a SlideError through") from error
     raise error
@@ -436,9 +547,10 @@ def local_or_named(scheduler: str | None, workers: int | None, slides: int) -> I
                 client = Client(scheduler, timeout=20, set_as_default=False)
             except (OSError, ValueError) as error:
                 raise UsageError(f"no scheduler answers at {scheduler}: {error}") from error
+            logging.getLogger("distributed").setLevel(logging.CRITICAL)  # what it has to say of it is said by us
             with client:
-                if not _workers(client):
-                    client.wait_for_workers(1, timeout=60)
+                if not _until(lambda: _workers(client), 60):
+                    raise UsageError(f"no worker has joined the scheduler at {scheduler}; start some, then run again")
                 yield client
             return
         cluster = None
@@ -495,6 +607,7 @@ def _local_cluster(workers: int) -> SpecCluster:
         encodes = not gpus or name < gpus
         return {
             "nthreads": 1,
+            "memory_limit": MEMORY_LIMIT // workers,
             "dashboard": False,
             "silence_logs": logging.CRITICAL,
             "env": environment,

@@ -25,7 +25,10 @@ MACHINE_ERRNOS = frozenset(
 
 
 class SlideError(Exception):
-    """One slide cannot be processed. `path` names it, `stage` is open, segment, tile, encode, store or predict."""
+    """One slide cannot be processed. `path` names it; `stage`: open, segment, tile, encode, store, predict.
+
+    `prepare` is the stage where it cannot be said which of the first three it was.
+    """
 
     def __init__(self, path: str, stage: str, reason: str) -> None:
         # All arguments go to Exception, so that the error survives pickling between processes.
@@ -90,6 +93,17 @@ def descriptors_exhausted() -> bool:
     except OSError as error:
         return error.errno in MACHINE_ERRNOS
     return False
+
+
+@contextmanager
+def machine_door() -> Iterator[None]:
+    """Around what writes an output folder: a full disk, one that went away or became read-only stops the run."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None:  # of a connection, and not of a file
+            raise
+        raise RunStopped(f"{error.strerror}{f': {error.filename}' if error.filename else ''}") from error
 
 
 @contextmanager

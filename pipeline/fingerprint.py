@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 
-from .errors import slide_door
+from .errors import MACHINE_ERRNOS, slide_door
 
 BLOCK = 1 << 16
 BLOCKS = 32  # 2 MB are read; a file up to that size is read whole
@@ -21,6 +21,20 @@ def stamp(path: Path) -> tuple[int, int, int, int]:
     """(size, mtime_ns, inode, device): changes when the file is written to or replaced. Costs one stat."""
     info = os.stat(path)
     return info.st_size, info.st_mtime_ns, info.st_ino, info.st_dev
+
+
+def device(path: Path) -> int:
+    """The device that holds a file or, where it is gone, the nearest folder above it that is there.
+
+    Another one than before: what it lay on is not mounted any more. OSError where the file system is at fault.
+    """
+    for place in (path, *path.parents):
+        try:
+            return os.stat(place).st_dev
+        except OSError as error:
+            if error.errno in MACHINE_ERRNOS:
+                raise
+    raise AssertionError("there is always a root")
 
 
 def fingerprint(path: Path) -> Fingerprint:

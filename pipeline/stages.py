@@ -21,7 +21,7 @@ from extractors import Encoder, EncoderFacts, load_encoder
 from .config import Config, EncodeConfig, EngineConfig, TileConfig, TissueConfig, digest
 from .draw import overview, save_png
 from .encode import Encoded, Settings, encode_slides
-from .errors import BrokenBag, SlideError, UsageError
+from .errors import BrokenBag, SlideError, UsageError, slide_door
 from .fingerprint import Fingerprint, fingerprint, stamp
 from .meter import Meter
 from .outcome import Outcome, failed
@@ -337,7 +337,8 @@ def work_on(file: SlideFile, group: SlideGroup, recipe: Recipe, tree: QuadTree, 
     opened = group.attrs["slide"]
 
     def unchanged() -> bool:
-        return stamp(file.path)[:2] == (opened["size_bytes"], opened["mtime_ns"])
+        with slide_door(str(file.path), "encode"):
+            return stamp(file.path)[:2] == (opened["size_bytes"], opened["mtime_ns"])
 
     return Work(file.name, partial(_open, file, recipe), unchanged, tree, features)
 

@@ -1,18 +1,22 @@
 """Slides to spoil, and the line of `slidestream run` in this process: prepare, encode, one row for each slide."""
 
 import os
+import resource
+import shutil
 import struct
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import psutil
 import pytest
 import tifffile
 from skimage.data import immunohistochemistry
@@ -339,6 +343,143 @@ def open_folder() -> Iterator[Path]:
     with tempfile.TemporaryDirectory() as name:
         os.chmod(name, 0o777)
         yield Path(name)
+
+
+# --- real runs, and what is done to them ------------------------------------------------------------------------------
+
+SLOW_ENCODER = """
+import dataclasses, os, time
+from extractors.lab_lbp import LabLbp, FACTS
+
+class Slow(LabLbp):
+    def encode(self, tiles):
+        time.sleep(float(os.environ.get("SECONDS_A_BATCH", "0")))
+        return super().encode(tiles)
+
+def build(weights=None):
+    return Slow(dataclasses.replace(FACTS, name="slow"))
+"""
+SETTINGS = {"encoder": "slow_encoder:build", "mpp": 0.5, "levels": 3, "tile_px": 16}
+SLIDES = ("a.svs", "b.svs")
+PATIENCE = 120  # seconds after which a wait has failed; nothing is said about how long things take
+
+
+class Run:
+    """`slidestream run` on a folder, in a session of its own as in a terminal of its own.
+
+    limits: of the processes, by their numbers in `resource`; flags: besides those of SETTINGS.
+    """
+
+    def __init__(
+        self, slides: Path, out: Path, environment: dict[str, str], flags: list[str], limits: dict[int, int]
+    ) -> None:
+        settings = [f"--{name.replace('_', '-')}={value}" for name, value in SETTINGS.items()]
+        self.out = out
+        self.process = subprocess.Popen(
+            [COMMAND, "run", slides, "-o", out, *settings, *flags],
+            env={k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"} | environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+            preexec_fn=lambda: [resource.setrlimit(what, (most, most)) for what, most in limits.items()],
+        )
+        self.family: list[psutil.Process] = []
+
+    def until(self, condition: Callable[[], object], what: str) -> None:
+        give_up = time.monotonic() + PATIENCE
+        while not condition():
+            assert self.process.poll() is None, f"ended before {what}: {self.process.communicate()}"
+            assert time.monotonic() < give_up, f"no {what}"
+            time.sleep(0.02)
+        self.family = self.children()
+
+    def children(self) -> list[psutil.Process]:
+        return psutil.Process(self.process.pid).children(recursive=True)
+
+    def workers(self) -> list[psutil.Process]:
+        """The processes that do the work; one that ends while it is asked is none."""
+        found = []
+        for process in self.children():
+            with suppress(psutil.Error):
+                if "spawn_main" in " ".join(process.cmdline()) and process.status() != psutil.STATUS_ZOMBIE:
+                    found.append(process)
+        return found
+
+    def chunks(self) -> int:
+        """How many chunks of features are stored."""
+        return sum(1 for _ in self.out.glob("slides/*/features/*/x/c/*/0"))
+
+    def ends(self) -> tuple[int, str]:
+        """Exit code, stdout and stderr; fails if a worker outlives it."""
+        out, err = self.process.communicate(timeout=PATIENCE)
+        _, alive = psutil.wait_procs(self.family, timeout=PATIENCE)
+        assert alive == [], "workers outlive their run"
+        return self.process.returncode, out + err
+
+    def clean_up(self) -> None:
+        for process in [*self.family, psutil.Process(self.process.pid)] if self.process.poll() is None else []:
+            if process.is_running():
+                process.kill()
+        self.process.communicate()
+
+
+@pytest.fixture
+def code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of encoders and tilers of our own, which can be imported here and in workers."""
+    (tmp_path / "code").mkdir()
+    (tmp_path / "code/slow_encoder.py").write_text(SLOW_ENCODER)
+    monkeypatch.syspath_prepend(tmp_path / "code")
+    return tmp_path / "code"
+
+
+@pytest.fixture
+def whole(kit: Kit, folder: Path, code: Path, line: Line) -> dict[str, tuple[bytes, bytes]]:
+    """The features of all slides, from a run that nobody disturbed."""
+    for name in SLIDES:
+        shutil.copyfile(kit.good, folder / name)
+    rows = line.folder(folder, **SETTINGS)
+    assert {row.status for row in rows.values()} == {"done"}
+    assert sum(1 for _ in line.out.glob("slides/*/features/*/x/c/*/0")) == 4, "several chunks a slide"
+    return {name: line.x(name) for name in SLIDES}
+
+
+@pytest.fixture
+def start(folder: Path, code: Path, tmp_path: Path) -> Iterator[Callable[..., Run]]:
+    """Starts the command; whatever is left of it ends with the test."""
+    runs: list[Run] = []
+
+    def begin(
+        seconds_a_batch: float = 0.0,
+        *flags: object,
+        slides: Path = folder,
+        out: Path = tmp_path / "real",
+        limits: dict[int, int] | None = None,
+        **environment: str,
+    ) -> Run:
+        path = os.pathsep.join([str(code), os.environ.get("PYTHONPATH", "")])
+        environment |= {"PYTHONPATH": path, "SECONDS_A_BATCH": str(seconds_a_batch)}
+        runs.append(Run(slides, out, environment, ["--workers=1", *map(str, flags)], limits or {}))
+        return runs[-1]
+
+    yield begin
+    for run in runs:
+        run.clean_up()
+
+
+@pytest.fixture
+def finish(start: Callable[..., Run], whole: dict[str, tuple[bytes, bytes]], line: Line) -> Callable[..., None]:
+    """The same command again brings every slide to the bytes of an undisturbed run, and leaves no scraps."""
+
+    def again(*flags: object, **how: object) -> None:
+        run = start(0.0, *flags, **how)
+        code, text = run.ends()
+        assert (code, "Traceback" in text) == (0, False), text
+        real = Line(run.out, line.root)
+        assert {name: real.x(name) for name in whole} == whole
+        assert list((run.out / "slides").rglob("*.partial")) == []
+
+    return again
 
 
 # --- a store to train on ----------------------------------------------------------------------------------------------
