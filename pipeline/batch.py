@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from extractors import Encoder, EncoderError
 
-from .cluster import Job, interruptible, local_or_named, require_encoder, work_through
+from .cluster import Job, require_encoder, work_through
 from .config import Config, digest, make_config
+from .deploy import Place, interruptible, reached
 from .errors import BrokenBag, SlideError, UsageError, machine_door, slide_door
 from .featurefiles import FeatureFiles
 from .folder import Folder, find_slides
@@ -56,6 +57,8 @@ def run(
     tiler: Tiler | str | None = None,
     mpp_csv: str | Path | None = None,
     workers: int | None = None,
+    devices: str = "auto",
+    cluster: str = "local",
     scheduler: str | None = None,
     redo: bool = False,
     progress: Progress | None = None,
@@ -63,15 +66,18 @@ def run(
 ) -> Report:
     """Take a folder (glob, CSV, one slide) of slides to features in `out`; the same call again resumes.
 
-    Keywords besides these are the fields of Config (`encoder="uni", mpp=0.5, levels=3`). A local cluster of `workers`
-    processes is started unless `scheduler` (tcp://…) names one. One slide's failure is one row of the report.
+    Keywords besides these are the fields of Config (`encoder="uni", mpp=0.5, levels=3`). `workers` processes are
+    started on this machine, with an encoder on each of `devices` (auto, cpu, "0,1"); or as many jobs of a `cluster`
+    (slurm); or `scheduler` (tcp://…) names workers that are there. Several runs may share `out`: each slide is worked
+    on by one. One slide's failure is one row of the report.
     Raises UsageError (nothing was written) and RunStopped (the machine is at fault; what is whole stays).
     """
     if config is not None and settings:
         raise UsageError("give either a config or single settings, not both")
     config = config or make_config(**_named(tiler), **settings)
     recipe = make_recipe(config, _encoder_facts(config), tiler if callable(tiler) else load_tiler(config.tiler))
-    how: dict[str, Any] = {"mpp_csv": mpp_csv, "workers": workers, "scheduler": scheduler, "redo": redo}
+    how: dict[str, Any] = {"mpp_csv": mpp_csv, "redo": redo}
+    how |= {"workers": workers, "devices": devices, "cluster": cluster, "scheduler": scheduler}
     return _carry_out(slides, Path(os.path.abspath(out)), recipe, progress or Silent(), **how)
 
 
@@ -82,13 +88,12 @@ def _carry_out(
     progress: Progress,
     *,
     mpp_csv: str | Path | None = None,
-    workers: int | None = None,
-    scheduler: str | None = None,
     redo: bool = False,
     model: "Model | None" = None,
+    **where: Any,
 ) -> Report:
-    """`run`, or with a model its zoom into the slides whose features are not whole."""
-    started = time.time()
+    """`run`, or with a model its zoom into the slides whose features are not whole. `where`: the fields of Place."""
+    started, place = time.time(), Place(**where)
     folder = find_slides(slides, out)
     files, notes = _slide_files(folder, mpp_csv)
     check_out(out, folder, recipe, redo)
@@ -104,7 +109,7 @@ def _carry_out(
         client = None
         if todo:
             stack.enter_context(interruptible())
-            client = stack.enter_context(local_or_named(scheduler, workers, len(todo)))
+            client = stack.enter_context(reached(place, len(todo), out / "logs"))
             require_encoder(client, recipe.config)  # a wrong weights file is told before anything is written
         make_writable(out)
         leases = stack.enter_context(joined(out, work))

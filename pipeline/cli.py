@@ -90,11 +90,18 @@ Workers = Annotated[
     typer.Option(
         "--workers",
         min=1,
-        help="worker processes [default: one for every four cores; with GPUs one a core; at most 16]",
+        help="worker processes, or jobs [default: one for every four cores; with GPUs one a core; at most 16; one job]",
     ),
 ]
 Scheduler = Annotated[
     str | None, typer.Option("--scheduler", help="tcp://… of a running Dask scheduler, in place of local workers")
+]
+Devices = Annotated[
+    str | None,
+    typer.Option("--devices", help="GPUs that encode, such as 0,1; or cpu [default: auto, all there are]"),
+]
+Cluster = Annotated[
+    str | None, typer.Option("--cluster", help="slurm: workers are its jobs, as ~/.config/dask/jobqueue.yaml says")
 ]
 MppCsv = Annotated[
     Path | None, typer.Option("--mpp-csv", help="a table slide,mpp: µm per pixel where files do not say it")
@@ -108,6 +115,8 @@ def run(
     out: OutOption,
     mpp_csv: MppCsv = None,
     workers: Workers = None,
+    devices: Devices = None,
+    cluster: Cluster = None,
     scheduler: Scheduler = None,
     redo: Annotated[
         bool, typer.Option("--redo", help="recompute what depends on a changed recipe, and what is damaged")
@@ -131,7 +140,8 @@ def run(
         from .batch import run as run_batch
 
     values = (read_toml(config) if config else {}) | (settings or {}) | ({"preset": preset} if preset else {})
-    options = _run_options(values, workers=workers, scheduler=scheduler, mpp_csv=mpp_csv)
+    where = {"workers": workers, "devices": devices, "cluster": cluster, "scheduler": scheduler}
+    options = _run_options(values, mpp_csv=mpp_csv, **where)
     recipe = make_config(**values)
     with _Terminal() as terminal:
         report = run_batch(slides, out, config=recipe, redo=redo, progress=terminal, **options)
@@ -139,7 +149,7 @@ def run(
     raise typer.Exit(report.exit_code)
 
 
-RUN_KEYS = {"workers": int, "scheduler": str, "mpp_csv": str}
+RUN_KEYS = {"workers": int, "devices": str, "cluster": str, "scheduler": str, "mpp_csv": str}
 
 
 def _run_options(values: dict[str, Any], **flags: Any) -> dict[str, Any]:
@@ -149,7 +159,8 @@ def _run_options(values: dict[str, Any], **flags: Any) -> dict[str, Any]:
         given = values.pop(name, None)
         if given is not None and (not isinstance(given, kind) or isinstance(given, bool)):
             raise UsageError(f"{name}: {given!r} in the configuration is no {kind.__name__}")
-        options[name] = given if flags[name] is None else flags[name]
+        if flags[name] is not None or given is not None:
+            options[name] = given if flags[name] is None else flags[name]
     return options
 
 
@@ -415,6 +426,8 @@ def predict(
     ] = None,
     mpp_csv: MppCsv = None,
     workers: Workers = None,
+    devices: Devices = None,
+    cluster: Cluster = None,
     scheduler: Scheduler = None,
 ) -> None:
     """Predict slides with a trained model; writes predictions/<model>.csv, attention and heatmaps.
@@ -429,7 +442,8 @@ def predict(
 
     if labels is not None and zoom:
         raise UsageError("--labels needs the features of all tiles, which --zoom does not make: leave one of them out")
-    given = {"weights": weights, "mpp_csv": mpp_csv, "workers": workers, "scheduler": scheduler}
+    given = {"weights": weights, "mpp_csv": mpp_csv, "workers": workers, "devices": devices}
+    given |= {"cluster": cluster, "scheduler": scheduler}
     options: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     options |= {name: True for name, wanted in (("zoom", zoom), ("folds", folds), ("vote", vote)) if wanted}
     place = Path(out or source)

@@ -1,46 +1,37 @@
-"""Slides through a Dask cluster, local or named: the only file that names dask.
+"""Slides through a Dask cluster, wherever its workers are (deploy.py).
 
 `prepare` is a task for each slide. `encode` is one long task for each device, which pulls slides from a queue of its
 own, so that the encoder is loaded once and never waits between two slides. Names and rows cross between processes,
 never pixels.
 """
 
-import logging
 import os
 import random
-import signal
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache, partial
-from multiprocessing import resource_tracker
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any, Protocol
 
-import dask
-from dask.system import CPU_COUNT  # heeds the limits of a container
 from distributed import (
     Client,
     Future,
     KilledWorker,
-    Nanny,
     Queue,
-    Scheduler,
-    SpecCluster,
     get_worker,
     secede,
 )
-from distributed.system import MEMORY_LIMIT  # so does this
 
 from extractors import Encoder, EncoderError
 
 from .agreement import cosine_to_fp32
 from .config import Config
+from .deploy import DEVICE, ENCODER, until, workers_of
 from .encode import Encoded, Settings
 from .errors import RunStopped, SlideError, UnreadableSlide, UsageError, machine_door
 from .fingerprint import device
@@ -50,22 +41,6 @@ from .outcome import Outcome, failed
 from .stages import Recipe, SlideFile, encode, open_encoder, prepare
 from .worker import Watch, expect, importing, set_up_process
 
-# What keeps Dask from waiting for ever, or from blaming innocents, when a worker dies.
-DASK: dict[str, Any] = {
-    "distributed.deploy.lost-worker-timeout": "1h",  # by default a worker that is slow to return is dropped for good
-    "distributed.scheduler.allowed-failures": 0,  # we try suspects again ourselves, each alone
-    # A worker that holds too much is not put to sleep, as that helps nobody, but ended, before the machine is.
-    "distributed.worker.memory.target": False,
-    "distributed.worker.memory.spill": False,
-    "distributed.worker.memory.pause": False,
-    "distributed.worker.memory.terminate": 0.9,  # of its share of the memory
-    "distributed.worker.daemon": True,
-    "distributed.admin.system-monitor.gil.enabled": False,
-    "distributed.worker.profile.enabled": False,  # it keeps what every thread did, second by second
-}
-MAX_WORKERS = 16  # unless told
-CORES_PER_ENCODER = 4  # of a CPU: more threads on one batch gain little
-ENCODER = "ENCODER"  # the Dask resource of a worker that may hold an encoder
 AHEAD_SLIDES, AHEAD_TILES = 32, 4096  # given to one encoder beyond the slide it works on: the lesser of the two
 PATIENCE_S = 600.0  # without a sign of life a slide is given up; SLIDESTREAM_PATIENCE says otherwise
 SLOWEST = 1e6  # bytes of a slide that are read in a second, at least, beyond that
@@ -221,6 +196,9 @@ def _threads() -> int:
 
 
 def _device(worker: object) -> str:
+    """What a local worker was given; one of others goes by its number, if it has one, among the GPUs it sees."""
+    if DEVICE in os.environ:
+        return os.environ[DEVICE]
     import torch
 
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -321,7 +299,7 @@ def require_encoder(client: Client, config: Config) -> None:
 
 def _require_encoders(client: Client) -> list[str]:
     """Those that are there, or come up within a minute: a nanny needs a moment to start its worker again."""
-    found: list[str] = _until(lambda: _encoders(client), 60)
+    found: list[str] = until(lambda: _encoders(client), 60)
     if not found:
         raise RunStopped("no worker is there that could encode")
     return found
@@ -329,13 +307,8 @@ def _require_encoders(client: Client) -> list[str]:
 
 def _encoders(client: Client) -> list[str]:
     """The workers that encode: those with the resource, all where nobody has it."""
-    workers = _workers(client)
+    workers = workers_of(client)
     return [a for a, w in workers.items() if w["resources"].get(ENCODER)] or list(workers)
-
-
-def _workers(client: Client) -> dict[str, dict[str, Any]]:
-    workers: dict[str, dict[str, Any]] = client.scheduler_info(n_workers=-1)["workers"]
-    return workers
 
 
 class _Pass:
@@ -358,7 +331,7 @@ class _Pass:
         self._client.subscribe_topic(self._topic, lambda event: self._inbox.put(event[1]))
         try:
             encoders = _require_encoders(self._client)
-            self._workers = len(_workers(self._client))
+            self._workers = len(workers_of(self._client))
             for worker in encoders[: len(self._waiting)]:
                 self._start_slot(worker)
             while self._waiting or self._elsewhere or self._preparing or self._ready:
@@ -449,7 +422,7 @@ class _Pass:
         """Raise RunStopped if nobody is there any more; a scheduler of others may wait for ever for one that died."""
         if self._client.status != "running":
             raise RunStopped("the connection to the scheduler was lost")
-        there, now = _workers(self._client), time.monotonic()
+        there, now = workers_of(self._client), time.monotonic()
         self._looked = now
         if there:
             self._peopled = now
@@ -507,19 +480,11 @@ class _Pass:
         if not (self._waiting or self._preparing or self._ready):
             return
         busy = {slot.worker for slot in self._slots}
-        free = _until(lambda: [worker for worker in _encoders(self._client) if worker not in busy], 60)
+        free = until(lambda: [worker for worker in _encoders(self._client) if worker not in busy], 60)
         if free:
             self._start_slot(free[0])
         elif not self._slots:
             raise RunStopped("no worker is left that could encode")
-
-
-def _until(condition: Any, seconds: float) -> Any:
-    """What it returns once it is true, or at the end: a nanny needs a moment to start its worker again."""
-    deadline = time.monotonic() + seconds
-    while not (found := condition()) and time.monotonic() < deadline:
-        time.sleep(0.2)
-    return found
 
 
 def _result(future: Future) -> Any:
@@ -536,109 +501,3 @@ def _result(future: Future) -> Any:
     if isinstance(error, SlideError):
         raise RuntimeError("a stage let a SlideError through") from error
     raise error
-
-
-@contextmanager
-def local_or_named(scheduler: str | None, workers: int | None, slides: int) -> Iterator[Client]:
-    """A Dask client of the scheduler that is named, else of a local cluster that ends with it."""
-    with dask.config.set(DASK):
-        if scheduler is not None:
-            try:
-                client = Client(scheduler, timeout=20, set_as_default=False)
-            except (OSError, ValueError) as error:
-                raise UsageError(f"no scheduler answers at {scheduler}: {error}") from error
-            logging.getLogger("distributed").setLevel(logging.CRITICAL)  # what it has to say of it is said by us
-            with client:
-                if not _until(lambda: _workers(client), 60):
-                    raise UsageError(f"no worker has joined the scheduler at {scheduler}; start some, then run again")
-                yield client
-            return
-        cluster = None
-        try:
-            with _deaf_to_control_c():
-                cluster = _local_cluster(min(workers or _default_workers(), slides))
-            with Client(cluster, set_as_default=False) as client:
-                yield client
-        finally:
-            if cluster is not None:
-                cluster.close(timeout=10)
-
-
-@contextmanager
-def _deaf_to_control_c() -> Iterator[None]:
-    """Threads and processes started in here never see SIGINT; ours is answered on the way out.
-
-    A worker that is still importing would answer Ctrl-C with 60 lines of traceback: pipeline.worker comes too late.
-    """
-    resource_tracker.ensure_running()  # when it starts it unblocks what is blocked
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _gpus() -> int:
-    if not any(any(Path("/dev").glob(name)) for name in ("nvidia[0-9]*", "kfd", "dxg")):
-        return 0  # torch, which takes seconds to import, need not be asked
-    import torch
-
-    return torch.cuda.device_count() if torch.cuda.is_available() else 0
-
-
-def _default_workers() -> int:
-    """With GPUs a process for each and more that prepare; without, one for every few cores, each with an encoder."""
-    gpus = _gpus()
-    return max(gpus, min(CPU_COUNT, MAX_WORKERS)) if gpus else min(max(1, CPU_COUNT // CORES_PER_ENCODER), MAX_WORKERS)
-
-
-def _local_cluster(workers: int) -> SpecCluster:
-    """Worker processes on this machine. On a GPU box only as many of them encode as there are GPUs."""
-    gpus = _gpus()
-    threads = max(1, CPU_COUNT // min(workers, gpus or workers))
-    environment = {
-        "SLIDESTREAM_THREADS": str(threads),
-        "PYTHONDONTWRITEBYTECODE": "",
-        "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",  # large pages for what an encoder allocates: 1.5 % on a CPU
-        "OMP_WAIT_POLICY": "PASSIVE",  # threads of an encoder that wait for each other leave the core to readers
-    }
-
-    def options(name: int) -> dict[str, Any]:
-        encodes = not gpus or name < gpus
-        return {
-            "nthreads": 1,
-            "memory_limit": MEMORY_LIMIT // workers,
-            "dashboard": False,
-            "silence_logs": logging.CRITICAL,
-            "env": environment,
-            "resources": {ENCODER: 1} if encodes else {},
-            "preload": ["pipeline.worker"],
-        }
-
-    spec = {name: {"cls": Nanny, "options": options(name)} for name in range(workers)}
-    # Even without a dashboard the scheduler serves HTTP: on loopback, on any free port.
-    quiet = {"dashboard": False, "dashboard_address": "127.0.0.1:0", "host": "127.0.0.1", "port": 0}
-    server = {"cls": Scheduler, "options": quiet}
-    return SpecCluster(workers=spec, scheduler=server, silence_logs=logging.CRITICAL)
-
-
-@contextmanager
-def interruptible() -> Iterator[None]:
-    """SIGTERM (a pre-empted node) ends the run as Ctrl-C does: cleanly, exit 130; a second signal ends it at once."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    seen: list[int] = []
-
-    def stop(number: int, _: Any) -> None:
-        if seen:
-            os._exit(130)
-        seen.append(number)
-        raise KeyboardInterrupt
-
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

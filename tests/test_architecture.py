@@ -57,6 +57,7 @@ ORDER = (
         "pictures",
         "sight",
         "worker",
+        "deploy",
         "cluster",
         "batch",
     ),
@@ -76,8 +77,9 @@ BROAD = {
     ("pipeline/feed.py", "_run"),
 }
 ONLY_IN = {
-    "dask": ("pipeline/cluster.py",),
-    "distributed": ("pipeline/cluster.py",),
+    "dask": ("pipeline/cluster.py", "pipeline/deploy.py"),
+    "distributed": ("pipeline/cluster.py", "pipeline/deploy.py"),
+    "dask_jobqueue": ("pipeline/deploy.py",),
     "zarr": ("pipeline/arrays.py",),
     "openslide": ("pipeline/readers/",),
     "tiffslide": ("pipeline/readers/",),
@@ -319,7 +321,7 @@ def test_help_loads_nothing_heavy(arguments):
 
 def test_a_run_needs_no_torch_in_the_process_that_is_typed():
     """It is imported where the encoder is, meanwhile this process has a cluster to start."""
-    code = "import pipeline.batch; from pipeline.cluster import _local_cluster"
+    code = "import pipeline.batch; from pipeline.deploy import reached"
     assert loaded(code, "torch", "timm", "pipeline.stages") == ["pipeline.stages"]
 
 

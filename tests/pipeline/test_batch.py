@@ -103,7 +103,7 @@ def test_local_run_second_run_and_report(tmp_path, counting):
 def test_nothing_to_do_starts_no_cluster(tmp_path, counting, monkeypatch):
     make_folder(tmp_path / "slides", 1, 400)
     run(tmp_path / "slides", tmp_path / "out", encoder="counting_tiles:build", workers=1)
-    monkeypatch.setattr("pipeline.batch.local_or_named", lambda *_: pytest.fail("a cluster was started"))
+    monkeypatch.setattr("pipeline.batch.reached", lambda *_: pytest.fail("a cluster was started"))
     assert run(tmp_path / "slides", tmp_path / "out", encoder="counting_tiles:build").counts == {"done": 1}
 
 
@@ -140,7 +140,7 @@ def test_features_of_a_network_are_the_same_bytes_with_one_worker_or_two(tmp_pat
     make_folder(tmp_path / "slides", 3, 900)
     network = {"encoder": "timm/resnet18", "weights": "random", "tile_px": 96, "levels": 2}
     for workers, cores in ((1, 1), (1, 3), (2, 2)):
-        monkeypatch.setattr("pipeline.cluster.CPU_COUNT", cores)
+        monkeypatch.setattr("pipeline.deploy.CPU_COUNT", cores)
         report = run(tmp_path / "slides", tmp_path / f"{workers} {cores}", workers=workers, **network)
         assert report.counts == {"done": 3}
     want = arrays(tmp_path / "1 1")
