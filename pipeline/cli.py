@@ -541,6 +541,28 @@ def status(out: OutFolder) -> None:
 
 
 @app.command()
+def verify(
+    out: OutFolder,
+    deep: Annotated[
+        bool, typer.Option("--deep", help="also encode some tiles of each slide anew; needs slides and weights")
+    ] = False,
+) -> None:
+    """Read all of an output folder again: what is damaged or unfinished, and which command mends it; writes nothing.
+
+    \b
+    slidestream verify out/
+    slidestream verify out/ --deep
+    """
+    from .verification import verify as verify_folder
+
+    with _Terminal() as terminal:
+        found = verify_folder(out, deep, progress=terminal)
+    for line in found.lines():
+        _say(line)
+    raise typer.Exit(found.exit_code)
+
+
+@app.command()
 def doctor(
     encoder: Annotated[str | None, typer.Option("--encoder", "-e", help="try this encoder on one tile")] = None,
     weights: Annotated[str | None, typer.Option("--weights", help="with this checkpoint, or `random`")] = None,
