@@ -610,6 +610,7 @@ class _Terminal:
 
     def __init__(self) -> None:
         self.bars: Any = None
+        self.count: Any = None  # the bar of tiles, once there are any
         self.total = self.seen = 0
 
     def __enter__(self) -> "_Terminal":
@@ -635,7 +636,6 @@ class _Terminal:
         )
         self.bars = Progress(*columns)
         self.slides = self.bars.add_task("slides", total=total, completed=self.seen, rate="")
-        self.count = self.bars.add_task("tiles", total=None, rate="")
         self.bars.start()
 
     def slide(self, outcome: Any) -> None:
@@ -654,6 +654,8 @@ class _Terminal:
 
     def tiles(self, count: int, so_far: Any) -> None:
         if self.bars is not None:
+            if self.count is None:
+                self.count = self.bars.add_task("tiles", total=None, rate="")
             rates = so_far.rates()
             words = f"{rates['tiles_per_s']:.0f} tiles/s, encoder busy {rates['encoder_busy']:.0%}"
             self.bars.update(self.count, advance=count, rate=words)

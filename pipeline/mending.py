@@ -45,10 +45,12 @@ class Commands:
     def redo(self, group: Path, encoder: str | None = None) -> tuple[str, ...]:
         """The same, and what is stored is read again before it is believed."""
         words = self._words(encoder)
-        if words[1:2] == ["predict"]:  # it knows no --redo
-            return self.anew(group, encoder)
         command = self._in_words([word for word in words if word != "--redo"])
-        return (command + REDO[0 if command.startswith("slidestream ") else 1],)
+        if command.startswith("slidestream run "):
+            return (command + REDO[0],)
+        if command.startswith("slidestream "):  # demo, or predict with slides: they know no --redo
+            return self.anew(group, encoder)
+        return (command + REDO[1],)
 
     def anew(self, place: Path, encoder: str | None = None) -> tuple[str, ...]:
         """What is at `place`, whole or not, is made once more."""

@@ -165,7 +165,7 @@ class _OutFolder:
     def findings(self) -> list[Finding]:
         found, again = [], self.commands.again()
         if self._run_fault:
-            remove = (removed(self.place / "run.json"),) if (self.place / "run.json").exists() else ()
+            remove = (removed(self.place / "run.json"),) if read_run(self.place) else ()  # `run` would trip over it
             found.append(Finding("", "run.json", "damaged", self._run_fault, (*remove, *again)))
         elif not self._has_root:
             words = f"the slides' folder {self.about['root']} is not there now: whether they changed is not known"
@@ -217,7 +217,7 @@ class _OutFolder:
         if holder:
             found = [finding for finding in found if not finding.part.endswith(".partial")]
         if examined.is_committed:
-            found += self._of_file(slide, examined.attrs, deep)
+            found += self._of_file(slide, examined, deep)
         if examined.is_understood:
             found += self._of_row(slide, group.status, examined.counted, examined.is_zoomed)
         return found, examined.counted or 0
@@ -227,11 +227,11 @@ class _OutFolder:
         row = self._rows.get(slide)
         return self.about["commands"][-1].get("encoder") if self.about and row and row.status == "done" else None
 
-    def _of_file(self, slide: str, attrs: dict[str, Any], deep: bool) -> Iterator[Finding]:
+    def _of_file(self, slide: str, examined: Examination, deep: bool) -> Iterator[Finding]:
         """The slide itself: is it still the one whose tiles are stored?"""
         if not self._has_root:
             return
-        path, told = Path(self.about["root"]) / slide, attrs["slide"]
+        path, told = Path(self.about["root"]) / slide, examined.attrs["slide"]
         try:
             size, mtime_ns, *_ = stamp(path)
             same = size == told["size_bytes"]
@@ -243,7 +243,7 @@ class _OutFolder:
             return
         if not same:
             words = f"{path} is not the file any more whose tiles are stored"
-            yield Finding(slide, "", "outdated", words, self.commands.again())
+            yield Finding(slide, "", "outdated", words, examined.made_again())
 
     def _of_row(self, slide: str, status: str, tiles: int | None, zoomed: bool) -> list[Finding]:
         """What slides.csv says of a slide, against what is stored. While a run goes on it lags behind."""
@@ -268,13 +268,17 @@ class _OutFolder:
 
 def _read_table(path: Path) -> tuple[dict[str, Outcome], str]:
     """The rows of slides.csv by slide, and what is wrong with it."""
+    if not path.exists():
+        return {}, "is missing"
     try:
         rows = {row.slide: row for row in read_outcomes(path)}
     except (ValueError, TypeError, KeyError, csv.Error) as error:
         return {}, f"cannot be read: {error}"
-    if odd := [row.slide for row in rows.values() if row.status not in ("done", "empty", "failed", "skipped")]:
-        return {}, f"is cut: the row of {odd[0]!r} has no status"
-    return rows, "" if path.exists() else "is missing"
+    if not path.read_bytes().endswith(b"\n"):
+        return {}, "is cut"
+    if odd := [row for row in rows.values() if row.status not in ("done", "empty", "failed", "skipped")]:
+        return {}, f"says that {odd[0].slide!r} is {odd[0].status!r}"
+    return rows, ""
 
 
 def _fault_of_run(path: Path, about: dict[str, Any]) -> str:

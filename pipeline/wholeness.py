@@ -85,7 +85,7 @@ class Examination:
                 return list(look())
         except SlideError as error:
             words = f"cannot be understood: {error.reason}"
-            return [self._damaged(part, words, self._commands.anew(self._group.path))]
+            return [self._damaged(part, words, (removed(self._group.path), *self.made_again()))]
 
     def _damaged(self, part: str, message: str, mend: tuple[str, ...], kind: str = "damaged") -> Finding:
         return Finding(self._group.slide, part, kind, message, mend)
@@ -94,15 +94,20 @@ class Examination:
         folder = self._group.path / part
         return sorted(entry.name for entry in folder.iterdir() if entry.is_dir()) if folder.is_dir() else []
 
+    def made_again(self) -> tuple[str, ...]:
+        """What makes a slide once more of which `run` sees that it is not whole, and the predictions that go with it."""
+        made = [self._commands.again(), *map(self._predicted, self._names("predictions"))]
+        return tuple(command for mend in made for command in mend)
+
     # -- the slide --
 
     def _of_itself(self) -> Iterator[Finding]:
-        attrs, again = self.attrs, self._commands.again()
+        attrs, again = self.attrs, self.made_again()
         if not attrs:
             yield self._damaged("", UNREADABLE, again)
         elif not self.is_understood:
             words = f"its attributes are not of the schema {SCHEMA} {SCHEMA_VERSION}, or of another slide"
-            yield self._damaged("", words, self._commands.anew(self._group.path))
+            yield self._damaged("", words, (removed(self._group.path), *again))
         elif not self.is_committed:
             if attrs["status"] == "writing":
                 yield self._damaged("", "is not finished", again, "unfinished")
@@ -119,7 +124,7 @@ class Examination:
             ):
                 yield self._damaged(f"features/{self._encoder}", "is missing", self._commands.again(self._encoder))
             if attrs["status"] == "complete" and not self._names("features"):
-                yield self._damaged("features", "is missing", again)
+                yield self._damaged("features", "is missing", self._commands.again())
 
     def _of_what_holds_them(self) -> Iterator[Finding]:
         """The groups of groups, which say nothing but must be there for zarr; and what a killed writer left."""
@@ -151,7 +156,7 @@ class Examination:
         mask, thumbnail = (StoredArray.open(self._group.path / "tissue" / name) for name in ("mask", "thumbnail"))
         if thumbnail.shape != (*mask.shape, 3):
             words = f"the mask is of shape {mask.shape}, the thumbnail of {thumbnail.shape}"
-            yield self._damaged("tissue", words, self._commands.anew(self._group.path))
+            yield self._damaged("tissue", words, (removed(self._group.path), *self.made_again()))
 
     def _of_tiles(self) -> Iterator[Finding]:
         redo = self._redo_all()
@@ -169,14 +174,14 @@ class Examination:
             return
         self._tree = tree
         for part, fault in faults_of_tree(tree, in_order=self.attrs["recipe"].get("tiler") is None):
-            yield self._damaged(f"tiles{part}", fault, self._commands.anew(self._group.path))
+            yield self._damaged(f"tiles{part}", fault, (removed(self._group.path), *self.made_again()))
         counts = self.attrs.get("counts", {})
         if counts.get("tiles") != [level.stop - level.start for level in tree.levels]:
             words = f"counts.tiles is {counts.get('tiles')}, the table has {[len(level.grid) for level in tree.levels]}"
             yield self._damaged("", words, self._recount())
         if (self.attrs["status"] == "empty") != (len(tree) == 0):
             words = f"its status is {self.attrs['status']}, and it has {len(tree)} tiles"
-            yield self._damaged("", words, self._commands.anew(self._group.path))
+            yield self._damaged("", words, (removed(self._group.path), *self.made_again()))
 
     def _redo_all(self) -> tuple[str, ...]:
         """Tissue or tiles that are made again take with them what was made of them."""
@@ -203,7 +208,8 @@ class Examination:
             return
         for name, wanted in self._wanted(key, facts).items():
             if facts.get(name) != wanted:
-                yield self._damaged(part, f"its {name} is {facts.get(name)!r}, and should be {wanted!r}", again)
+                mend = self._anew(part, part) if name == "levels" else again  # at which `run` does not look
+                yield self._damaged(part, f"its {name} is {facts.get(name)!r}, and should be {wanted!r}", mend)
         yield from self._of_rows(part, key, facts)
 
     def _wanted(self, key: str, facts: dict[str, Any]) -> dict[str, Any]:

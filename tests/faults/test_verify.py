@@ -493,11 +493,11 @@ def test_no_output_folder(tmp_path):
 
 
 def test_deep_sees_swapped_features(made):
-    a, b = (made.out / f"slides/{name}.zarr/features/lab_lbp/x" for name in (SLIDE, "005.svs"))
-    assert len(StoredArray.open(a).read()) == len(StoredArray.open(b).read())
-    a.rename(a.with_name("y"))
-    b.rename(a)
-    a.with_name("y").rename(b)
+    groups = [made.out / f"slides/{name}.zarr" for name in (SLIDE, "005.svs")]
+    a, b = (StoredArray.open(group / "features/lab_lbp/x").read().copy() for group in groups)
+    n = min(len(a), len(b))
+    rewrite(groups[0], "features/lab_lbp/x", lambda x: np.copyto(x[:n], b[:n]))
+    rewrite(groups[1], "features/lab_lbp/x", lambda x: np.copyto(x[:n], a[:n]))
     assert made.faults() == []
     found = made.verify(deep=True)
     assert [(f.slide, f.part) for f in found.findings] == [
