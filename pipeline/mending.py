@@ -42,14 +42,15 @@ class Commands:
         """The command that made the features of this encoder (else the last one), which resumes."""
         return (self._in_words(self._words(encoder)),)
 
-    def redo(self, group: Path, encoder: str | None = None) -> tuple[str, ...]:
-        """The same, and what is stored is read again before it is believed."""
+    def redo(self, place: Path, encoder: str | None = None) -> tuple[str, ...]:
+        """The same, and what is stored is read again before it is believed. Where the command cannot be asked to, what
+        is at `place` is deleted."""
         words = self._words(encoder)
         command = self._in_words([word for word in words if word != "--redo"])
         if command.startswith("slidestream run "):
             return (command + REDO[0],)
         if command.startswith("slidestream "):  # demo, or predict with slides: they know no --redo
-            return self.anew(group, encoder)
+            return self.anew(place, encoder)
         return (command + REDO[1],)
 
     def anew(self, place: Path, encoder: str | None = None) -> tuple[str, ...]:

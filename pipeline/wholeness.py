@@ -85,7 +85,7 @@ class Examination:
                 return list(look())
         except SlideError as error:
             words = f"cannot be understood: {error.reason}"
-            return [self._damaged(part, words, (removed(self._group.path), *self.made_again()))]
+            return [self._damaged(part, words, self.made_anew())]
 
     def _damaged(self, part: str, message: str, mend: tuple[str, ...], kind: str = "damaged") -> Finding:
         return Finding(self._group.slide, part, kind, message, mend)
@@ -95,9 +95,14 @@ class Examination:
         return sorted(entry.name for entry in folder.iterdir() if entry.is_dir()) if folder.is_dir() else []
 
     def made_again(self) -> tuple[str, ...]:
-        """What makes a slide once more of which `run` sees that it is not whole, and the predictions that go with it."""
-        made = [self._commands.again(), *map(self._predicted, self._names("predictions"))]
+        """What makes a slide once more where `run` sees by itself that it is not whole, and what is made of it."""
+        made = [self._commands.again(key) for key in self._names("features") or (None,)]
+        made += map(self._predicted, self._names("predictions"))
         return tuple(command for mend in made for command in mend)
+
+    def made_anew(self) -> tuple[str, ...]:
+        """The same where `run` does not see it."""
+        return (removed(self._group.path), *self.made_again())
 
     # -- the slide --
 
@@ -107,7 +112,7 @@ class Examination:
             yield self._damaged("", UNREADABLE, again)
         elif not self.is_understood:
             words = f"its attributes are not of the schema {SCHEMA} {SCHEMA_VERSION}, or of another slide"
-            yield self._damaged("", words, (removed(self._group.path), *again))
+            yield self._damaged("", words, self.made_anew())
         elif not self.is_committed:
             if attrs["status"] == "writing":
                 yield self._damaged("", "is not finished", again, "unfinished")
@@ -156,7 +161,7 @@ class Examination:
         mask, thumbnail = (StoredArray.open(self._group.path / "tissue" / name) for name in ("mask", "thumbnail"))
         if thumbnail.shape != (*mask.shape, 3):
             words = f"the mask is of shape {mask.shape}, the thumbnail of {thumbnail.shape}"
-            yield self._damaged("tissue", words, (removed(self._group.path), *self.made_again()))
+            yield self._damaged("tissue", words, self.made_anew())
 
     def _of_tiles(self) -> Iterator[Finding]:
         redo = self._redo_all()
@@ -174,14 +179,14 @@ class Examination:
             return
         self._tree = tree
         for part, fault in faults_of_tree(tree, in_order=self.attrs["recipe"].get("tiler") is None):
-            yield self._damaged(f"tiles{part}", fault, (removed(self._group.path), *self.made_again()))
+            yield self._damaged(f"tiles{part}", fault, self.made_anew())
         counts = self.attrs.get("counts", {})
         if counts.get("tiles") != [level.stop - level.start for level in tree.levels]:
             words = f"counts.tiles is {counts.get('tiles')}, the table has {[len(level.grid) for level in tree.levels]}"
             yield self._damaged("", words, self._recount())
         if (self.attrs["status"] == "empty") != (len(tree) == 0):
             words = f"its status is {self.attrs['status']}, and it has {len(tree)} tiles"
-            yield self._damaged("", words, (removed(self._group.path), *self.made_again()))
+            yield self._damaged("", words, self.made_anew())
 
     def _redo_all(self) -> tuple[str, ...]:
         """Tissue or tiles that are made again take with them what was made of them."""
@@ -225,7 +230,7 @@ class Examination:
         }
 
     def _of_rows(self, part: str, key: str, facts: dict[str, Any]) -> Iterator[Finding]:
-        again, redo = self._commands.again(key), self._commands.redo(self._group.path, key)
+        again, redo = self._commands.again(key), self._commands.redo(self._group.path / part, key)
         anew = self._anew(part, part, *self._made_of(facts["feature_hash"]))
         arrays = {name: self._opened(f"{part}/{name}") for name in ("x", "valid")}
         for name, array in arrays.items():
