@@ -266,14 +266,14 @@ def test_deep_with_a_network(networks):
     found = verify(networks, deep=True)
     assert found.findings == ()
     about = json.loads(run.read_bytes())
-    run.write_text(json.dumps(about | {"batch_sizes": {"timm--resnet18": {"cpu": 16}}}))
+    run.write_text(json.dumps(about | {"batch_sizes": {"timm--resnet18@random": {"cpu": 16}}}))
     assert verify(networks, deep=True).findings == ()
-    x = StoredArray.open(networks / "slides/a.svs.zarr/features/timm--resnet18/x")
+    x = StoredArray.open(networks / "slides/a.svs.zarr/features/timm--resnet18@random/x")
     values = x.read().copy()
     values[:, 0] = np.nextafter(values[:, 0], np.float16(100))  # one last bit
     x.write_chunk(0, values)
     (finding,) = verify(networks, deep=True).findings
-    assert (finding.slide, finding.part) == ("a.svs", "features/timm--resnet18/x")
+    assert (finding.slide, finding.part) == ("a.svs", "features/timm--resnet18@random/x")
     assert "the same bits are asked" in finding.message
     run.write_text(json.dumps(about))
     found = verify(networks, deep=True)
