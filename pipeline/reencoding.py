@@ -56,6 +56,8 @@ class Compared:
     asked: float = 1.0
 
     def words(self) -> str:
+        if not self.rows:
+            return f"nothing was encoded anew by {self.encoder}: no slide is whole and has its features"
         test = "all are the same bits"
         if self.equal < self.rows:
             test = (

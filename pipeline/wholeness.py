@@ -18,9 +18,11 @@ from .arrays import StoredArray, read_attrs
 from .config import difference, make_config
 from .errors import BrokenBag, SlideError, slide_door
 from .mending import Commands, Finding, removed
-from .quadtree import QuadTree, morton
+from .quadtree import QuadTree
+from .rereading import Reading, chunk_words
 from .stages import Recipe
 from .store import SCHEMA, SCHEMA_VERSION, SlideGroup
+from .treecheck import faults_of_tree
 
 # What every group says of itself.
 OWN = {"status": str, "slide": dict, "scale": dict, "reader": dict, "recipe": dict, "hashes": dict, "versions": dict}
@@ -337,41 +339,9 @@ class Examination:
             pass
         yield from self._lost(name, reading, mend, mend)
 
-    def _lost(self, name: str, reading: "Reading", again: tuple[str, ...], redo: tuple[str, ...]) -> Iterator[Finding]:
+    def _lost(self, name: str, reading: Reading, again: tuple[str, ...], redo: tuple[str, ...]) -> Iterator[Finding]:
         for fault, chunks in reading.faults.items():
             yield self._damaged(name, chunk_words(chunks, fault), again if fault == Reading.MISSING else redo)
-
-
-class Reading:
-    """(rows, values) of every chunk of an array that is whole; afterwards `faults` says what the others are.
-
-    A missing chunk would read as zeros.
-    """
-
-    MISSING, WRONG = "missing or cut", "damaged: the checksum is wrong"
-
-    def __init__(self, array: StoredArray) -> None:
-        self._array = array
-        self.faults: dict[str, list[int]] = {}  # {words: chunks}
-
-    def __iter__(self) -> Iterator[tuple[slice, np.ndarray]]:
-        lost = set(self._array.missing())
-        for chunk in self._array.chunks:
-            if chunk in lost:
-                self.faults.setdefault(self.MISSING, []).append(chunk)
-                continue
-            try:
-                values = np.asarray(self._array.stored[self._array.rows(chunk)])
-            except ValueError:  # of the checksum
-                self.faults.setdefault(self.WRONG, []).append(chunk)
-                continue
-            yield self._array.rows(chunk), values
-
-
-def chunk_words(chunks: list[int], fault: str) -> str:
-    if len(chunks) == 1:
-        return f"chunk {chunks[0]} is {fault}"
-    return f"chunks {', '.join(map(str, chunks))} are {fault}"
 
 
 def stray(slide: str, path: Path, part: str) -> Finding:
@@ -384,44 +354,3 @@ def _is_json(path: Path) -> bool:
         return isinstance(json.loads(path.read_bytes()), dict)
     except (OSError, ValueError):
         return False
-
-
-def faults_of_tree(tree: QuadTree, in_order: bool) -> Iterator[tuple[str, str]]:
-    """(part, what is wrong) of a table of tiles. in_order: rows of a level are to stand in Morton order."""
-    starts, stops = [scale[2] for scale in tree.scales], [scale[3] for scale in tree.scales]
-    if starts != [0, *stops][: len(starts)] or any(a > b for a, b in zip(starts, stops, strict=True)):
-        yield "", f"its levels do not follow each other: they begin at {starts} and end at {stops}"
-        return
-    if not all(0 <= k < len(starts) for k in tree.encoded_levels):
-        yield "", f"levels {list(tree.encoded_levels)} have features, and there are {len(starts)}"
-    if not ((tree.tissue >= 0) & (tree.tissue <= 1)).all():
-        yield "/tissue", "holds shares that do not lie in 0..1"
-    nested = tree.regular and not tree.overlap
-    for k, level in enumerate(tree.levels):
-        above = tree.levels[k - 1] if k else None
-        if above is None:
-            wrong = level.parent != -1
-        else:
-            wrong = (level.parent < 0) | (level.parent >= len(above.grid))
-            if nested:
-                wrong[~wrong] = (above.grid[level.parent[~wrong]] != level.grid[~wrong] // 2).any(axis=1)
-        if wrong.any():
-            yield "/parent", f"{np.count_nonzero(wrong)} tiles of level {k} name a parent that is not theirs"
-        if tree.regular:
-            corner = np.asarray(tree.origin) + level.grid * (level.span_px * (1 - tree.overlap))
-            if (np.floor(corner) != level.xy).any():
-                yield "/xy", f"tiles of level {k} do not lie where their grid says"
-        if tree.regular and in_order and not _is_sorted(tree, k):
-            yield "/grid", f"rows of level {k} do not stand in Morton order, each once"
-
-
-def _is_sorted(tree: QuadTree, level: int) -> bool:
-    """Columns and rows count from the first root that touches the slide, as in `build_quadtree`."""
-    part, depth = tree.levels[level], len(tree.levels) - 1 - level
-    pitch, root = tree.levels[-1].span_px * (1 - tree.overlap), 2 ** (len(tree.levels) - 1)
-    first = np.array([np.floor(-begin / pitch / root) * root for begin in tree.origin]).astype(np.int64)
-    columns, rows = (part.grid - first // 2**depth).T
-    if len(part.grid) and min(columns.min(), rows.min()) < 0:
-        return False
-    code = morton(columns, rows)
-    return bool((code[1:] > code[:-1]).all())

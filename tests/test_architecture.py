@@ -65,7 +65,7 @@ ORDER = (
     "probing",
     *("annotations", "overlap", "looks", "localisation"),
     *("unbiased", "pretraining"),
-    *("mending", "wholeness", "reencoding", "verification"),
+    *("mending", "rereading", "treecheck", "wholeness", "reencoding", "verification"),
     *("demo", "doctor"),
     "cli",
 )

@@ -16,11 +16,12 @@ from pipeline.mending import Commands, Finding, merged
 from pipeline.outcome import write_outcomes
 from pipeline.quadtree import QuadTree, build_quadtree
 from pipeline.reencoding import least_cosine, sample
+from pipeline.rereading import Reading, chunk_words
 from pipeline.stages import stored_outcome
 from pipeline.store import CHUNK_ROWS, BagStore
 from pipeline.tissue import TissueMask
+from pipeline.treecheck import faults_of_tree
 from pipeline.verification import Verification
-from pipeline.wholeness import Reading, chunk_words, faults_of_tree
 
 # --- arrays ----------------------------------------------------------------------------------------------------------
 
