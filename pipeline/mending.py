@@ -71,9 +71,9 @@ class Commands:
         own = [words for words in made if any(Path(word).name == model for word in words)]
         return (removed(place), self._in_words((own or made or [[]])[-1]))
 
-    def stitch(self, place: Path, model: str, attrs: dict[str, Any]) -> tuple[str, ...]:
-        """Stitched maps, at `place`, with the settings that their attributes tell."""
-        words = f"slidestream stitch {self._quoted_out} --model {shlex.quote(model)}"
+    def stitch(self, place: Path, model: str, slide: str, attrs: dict[str, Any]) -> tuple[str, ...]:
+        """Stitched maps of a slide, at `place`, with the settings that their attributes tell."""
+        words = f"slidestream stitch {self._quoted_out} --model {shlex.quote(model)} --slide {shlex.quote(slide)}"
         if "shifts_tiles" in attrs:
             steps = [*attrs["shifts_tiles"], attrs["region_tiles"]]
             words += f" --stride {steps[1]:g} --gamma {attrs['gamma']:g}"

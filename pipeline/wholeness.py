@@ -317,7 +317,7 @@ class Examination:
         place = self._group.path / "predictions" / model
         attrs = read_attrs(place)
         if model.endswith(".stitched"):
-            return self._commands.stitch(place, model.removesuffix(".stitched"), attrs)
+            return self._commands.stitch(place, model.removesuffix(".stitched"), self._group.slide, attrs)
         return self._commands.zoom(place, model) if "zoom" in attrs else self._commands.predict(model)
 
     # -- arrays --

@@ -213,9 +213,9 @@ def test_an_average_is_predicted_by_all_its_models(model, flags):
 def test_maps_are_stitched_as_they_were():
     attrs = {"shifts_tiles": [0.0, 0.5, 1.0], "region_tiles": 8, "gamma": 0.25, "times_foreground": False}
     attrs |= {"scales": ["slide", "region", "tile"]}
-    flags = "--model h --stride 0.5 --gamma 0.25 --within-tiles --unweighted"
-    assert commands().stitch(Path("p"), "h", attrs) == ("rm -r p", f"slidestream stitch '/o ut' {flags}")
-    assert commands().stitch(Path("p"), "h", {})[1] == "slidestream stitch '/o ut' --model h"
+    flags = "--model h --slide 'a b' --stride 0.5 --gamma 0.25 --within-tiles --unweighted"
+    assert commands().stitch(Path("p"), "h", "a b", attrs) == ("rm -r p", f"slidestream stitch '/o ut' {flags}")
+    assert commands().stitch(Path("p"), "h", "a", {})[1] == "slidestream stitch '/o ut' --model h --slide a"
 
 
 def test_commands_of_many_findings_once_and_in_order():
