@@ -24,6 +24,7 @@ _HOME = {
     "run": "batch",
     "stitch": "mapping",
     "train": "training",
+    "verify": "verification",
 }
 
 __all__ = sorted(_HOME)

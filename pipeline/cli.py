@@ -555,6 +555,28 @@ def status(out: OutFolder) -> None:
 
 
 @app.command()
+def verify(
+    out: OutFolder,
+    deep: Annotated[
+        bool, typer.Option("--deep", help="also encode some tiles of each slide anew; needs slides and weights")
+    ] = False,
+) -> None:
+    """Read all of an output folder again: what is damaged or unfinished, and which command mends it; writes nothing.
+
+    \b
+    slidestream verify out/
+    slidestream verify out/ --deep
+    """
+    from .verification import verify as verify_folder
+
+    with _Terminal() as terminal:
+        found = verify_folder(out, deep, progress=terminal)
+    for line in found.lines():
+        _say(line)
+    raise typer.Exit(found.exit_code)
+
+
+@app.command()
 def doctor(
     encoder: Annotated[str | None, typer.Option("--encoder", "-e", help="try this encoder on one tile")] = None,
     weights: Annotated[str | None, typer.Option("--weights", help="with this checkpoint, or `random`")] = None,
@@ -602,6 +624,7 @@ class _Terminal:
 
     def __init__(self) -> None:
         self.bars: Any = None
+        self.count: Any = None  # the bar of tiles, once there are any
         self.total = self.seen = 0
 
     def __enter__(self) -> "_Terminal":
@@ -627,7 +650,6 @@ class _Terminal:
         )
         self.bars = Progress(*columns)
         self.slides = self.bars.add_task("slides", total=total, completed=self.seen, rate="")
-        self.count = self.bars.add_task("tiles", total=None, rate="")
         self.bars.start()
 
     def slide(self, outcome: Any) -> None:
@@ -646,6 +668,8 @@ class _Terminal:
 
     def tiles(self, count: int, so_far: Any) -> None:
         if self.bars is not None:
+            if self.count is None:
+                self.count = self.bars.add_task("tiles", total=None, rate="")
             rates = so_far.rates()
             words = f"{rates['tiles_per_s']:.0f} tiles/s, encoder busy {rates['encoder_busy']:.0%}"
             self.bars.update(self.count, advance=count, rate=words)

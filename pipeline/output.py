@@ -76,18 +76,22 @@ def write_json(path: Path, value: Any) -> None:
     os.replace(part, path)
 
 
+def machine() -> dict[str, Any]:
+    """What this process runs on; features of the same machine are the same bits."""
+    return {
+        "host": platform.node(),
+        "machine": platform.machine(),
+        "cores": os.cpu_count(),
+        "system": platform.platform(),
+    }
+
+
 def write_run(out: Path, folder: Folder, recipe: Recipe) -> None:
     there = read_run(out)
     command = {
         "time": time.strftime("%Y-%m-%d %H:%M:%S"),
         "command": shlex.join(sys.argv),
         "encoder": recipe.encoder_key,
-    }
-    hardware = {
-        "host": platform.node(),
-        "machine": platform.machine(),
-        "cores": os.cpu_count(),
-        "system": platform.platform(),
     }
     encoders = there.get("encoders", {}) | {
         recipe.encoder_key: {
@@ -104,7 +108,7 @@ def write_run(out: Path, folder: Folder, recipe: Recipe) -> None:
         "recipe": recipe.as_dict(),
         "encoders": encoders,
         "versions": versions(),
-        "hardware": hardware,
+        "hardware": machine(),
         "commands": [*there.get("commands", []), command],
     }
     write_json(out / "run.json", there | about)

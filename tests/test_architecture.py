@@ -67,6 +67,7 @@ ORDER = (
     "probing",
     *("annotations", "overlap", "looks", "localisation"),
     *("unbiased", "pretraining"),
+    *("mending", "rereading", "treecheck", "wholeness", "reencoding", "verification"),
     *("demo", "doctor"),
     "cli",
 )

@@ -21,7 +21,20 @@ from pipeline.outcome import Outcome, Report
 from pipeline.saving import Saving
 from pipeline.training import Trained
 
-COMMANDS = ("run", "pretrain", "train", "compare", "probe", "predict", "evaluate", "stitch", "status", "doctor", "demo")
+COMMANDS = (
+    "run",
+    "pretrain",
+    "train",
+    "compare",
+    "probe",
+    "predict",
+    "evaluate",
+    "stitch",
+    "status",
+    "verify",
+    "doctor",
+    "demo",
+)
 JUDGED = {
     "--labels",
     "--encoder",
@@ -50,6 +63,7 @@ OWN_FLAGS = {
     "evaluate": {"--model", "-m", "--annotations", "-a", "--folds", "--threshold", "--score", "--patients"},
     "stitch": {"--model", "-m", "--stride", "--gamma", "--within-tiles", "--unweighted", "--slide"},
     "status": set(),
+    "verify": {"--deep"},
     "doctor": {"--encoder", "-e", "--weights"},
     "demo": {"--slides", "--seed"},
 }  # fmt: skip

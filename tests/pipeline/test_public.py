@@ -8,7 +8,7 @@ import pipeline
 
 # Section 10 of the design, what judges heads, draws where they look, and makes encoders.
 NAMES = {"open_slide", "find_tissue", "build_quadtree", "QuadTree", "BagStore", "Config", "run", "train", "predict"}
-NAMES |= {"compare", "evaluate", "evaluate_labels", "pretrain", "probe", "stitch"}
+NAMES |= {"compare", "evaluate", "evaluate_labels", "pretrain", "probe", "stitch", "verify"}
 
 
 def test_public_names_are_those_of_the_design():
