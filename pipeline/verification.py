@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from .arrays import read_attrs
 from .errors import SlideError, UsageError
 from .fingerprint import fingerprint, stamp
-from .lock import running
+from .leases import held, living
 from .mending import KINDS, Commands, Finding, merged, removed
 from .meter import Meter
 from .outcome import Outcome, read_outcomes
@@ -170,10 +170,10 @@ class _OutFolder:
         elif not self._has_root:
             words = f"the slides' folder {self.about['root']} is not there now: whether they changed is not known"
             found.append(Finding("", "", "note", words))
-        if self._table_fault and not running(self.place):
+        if self._table_fault and not living(self.place):
             found.append(Finding("", "slides.csv", "damaged", self._table_fault, again))
         found += self._of_models()
-        if not running(self.place):
+        if not living(self.place):
             names = [
                 path for part in (".", "models", "predictions") for path in _strays(self.place / part, part != ".")
             ]
@@ -211,9 +211,9 @@ class _OutFolder:
         before = _state(group)
         examined = Examination(group, self.commands, self.about.get("recipe"), self._last_encoder(slide))
         found = examined.findings()
-        holder = running(self.place) if found else ""
+        holder = held(self.place).get(slide) if found else None
         if holder and (group.status == "writing" or _state(group) != before):
-            return [Finding(slide, "", "unfinished", f"is being worked on: {holder}")], 0
+            return [Finding(slide, "", "unfinished", f"is being worked on: {holder.words()}")], 0
         if holder:
             found = [finding for finding in found if not finding.part.endswith(".partial")]
         if examined.is_committed:
@@ -250,7 +250,7 @@ class _OutFolder:
         row, again = self._rows.get(slide), self.commands.again()
         stored = {"complete": "done", "empty": "empty"}.get(status, "done" if zoomed else "failed")
         if row is None:
-            if stored == "failed" or self._table_fault or running(self.place):
+            if stored == "failed" or self._table_fault or living(self.place):
                 return []
             words = "has no row of it: the last run was of other slides, or was killed"
             return [Finding(slide, "slides.csv", "note", words)]
@@ -261,7 +261,7 @@ class _OutFolder:
             words = f"says {row.status}, and the store {'has nothing' if status == 'missing' else f'is {status}'}"
         elif row.tiles != tiles:
             words = f"says {row.tiles} tiles, and the store has {tiles}"
-        if not words or running(self.place):
+        if not words or living(self.place):
             return []
         return [Finding(slide, "slides.csv", "outdated", words, again)]
 
