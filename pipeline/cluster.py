@@ -41,7 +41,7 @@ from .outcome import Outcome, failed
 from .stages import Recipe, SlideFile, encode, open_encoder, prepare
 from .worker import Watch, expect, importing, set_up_process
 
-AHEAD_SLIDES, AHEAD_TILES = 32, 4096  # given to one encoder beyond the slide it works on: the lesser of the two
+AHEAD_SLIDES, AHEAD_TILES, AHEAD_S = 32, 4096, 5.0  # given to one encoder ahead of its work: the least of these
 PATIENCE_S = 600.0  # without a sign of life a slide is given up; SLIDESTREAM_PATIENCE says otherwise
 SLOWEST = 1e6  # bytes of a slide that are read in a second, at least, beyond that
 WITHOUT_WORKERS = 0.4  # of that patience, until a run without workers stops
@@ -224,14 +224,34 @@ class _Slot:
     task: Future
     given: dict[str, tuple[SlideFile, int]] = field(default_factory=dict)
     heard: float = 0.0  # when it last told of tiles, or had nothing to do
+    speed: float = 0.0  # tiles/s
+    ahead: int = 0  # tiles that it told of, of slides that it has not finished
 
     @property
     def tiles(self) -> int:
-        return sum(tiles for _, tiles in self.given.values())
+        """To be encoded, at most."""
+        return max(0, sum(tiles for _, tiles in self.given.values()) - self.ahead)
 
     @property
     def has_room(self) -> bool:
-        return len(self.given) < 2 or (self.tiles < AHEAD_TILES and len(self.given) < AHEAD_SLIDES)
+        """A slide beyond the one it works on, more where they are small: what is given no other encoder can take."""
+        most = min(AHEAD_TILES, AHEAD_S * self.speed)
+        return len(self.given) < 2 or (self.tiles < most and len(self.given) < AHEAD_SLIDES)
+
+    def give(self, file: SlideFile, tiles: int) -> None:
+        if not self.given:
+            self.heard, self.ahead = time.monotonic(), 0
+        self.given[file.name] = (file, tiles)
+
+    def told(self, count: int, so_far: Meter) -> None:
+        self.heard = time.monotonic()
+        self.ahead += count
+        self.speed = so_far.tiles / so_far.seconds if so_far.seconds else 0.0
+
+    def finished(self, slide: str) -> None:
+        if slide in self.given:
+            self.heard = time.monotonic()
+            self.ahead -= self.given.pop(slide)[1]  # less was told of one that was resumed: mended when it has nothing
 
 
 def work_through(client: Client, todo: list[SlideFile], job: Job, state: State) -> bool:
@@ -379,7 +399,7 @@ class _Pass:
                 return
             with suppress(TimeoutError):  # it has taken all of them from its queue
                 item = rich.queue.get(timeout=0.1)
-                idle.given[item[0]], idle.heard = rich.given.pop(item[0]), time.monotonic()
+                idle.give(*rich.given.pop(item[0]))
                 idle.queue.put(item)
 
     def _start_slot(self, worker: str) -> None:
@@ -406,9 +426,7 @@ class _Pass:
             if not slot.has_room:
                 break
             file, row = self._ready.popleft()
-            if not slot.given:
-                slot.heard = time.monotonic()
-            slot.given[file.name] = (file, row.tiles or 0)
+            slot.give(file, row.tiles or 0)
             slot.queue.put((file.name, str(file.path), file.mpp, asdict(row)))
 
     def _wants_more(self) -> bool:
@@ -457,16 +475,15 @@ class _Pass:
     def _hear(self, event: dict[str, Any]) -> None:
         """Of tiles that were encoded, or of a slide that is finished."""
         if "tiles" in event:
+            so_far = self._so_far[event["slot"]] = Meter(**event["so_far"])
             for slot in self._slots:
                 if slot.queue.name == event["slot"]:
-                    slot.heard = time.monotonic()
-            self._so_far[event["slot"]] = Meter(**event["so_far"])
+                    slot.told(event["tiles"], so_far)
             self._state.tiles(event["tiles"], sum(self._so_far.values(), Meter()))
             return
         outcome = Outcome(**event["row"])
         for slot in self._slots:
-            if slot.given.pop(outcome.slide, None):
-                slot.heard = time.monotonic()
+            slot.finished(outcome.slide)
         self._suspects.pop(outcome.slide, None)  # its process died after it was told of
         self._state.batch_sizes |= event["batch_sizes"]
         self._add(outcome, Meter(**event["meter"]))
