@@ -34,7 +34,9 @@ from distributed import (
     get_worker,
     secede,
 )
+from distributed.comm import CommClosedError
 from distributed.system import MEMORY_LIMIT  # so does this
+from distributed.utils import silence_logging_cmgr
 
 from extractors import Encoder, EncoderError
 
@@ -265,7 +267,9 @@ def work_through(client: Client, todo: list[SlideFile], job: Job, state: State) 
         return False
     except KeyboardInterrupt:
         return True
-    except (OSError, CancelledError) as error:  # of a connection: files have doors of their own
+    except (OSError, CancelledError) as error:
+        if client.status == "running" and not isinstance(error, CommClosedError | CancelledError):
+            raise
         raise RunStopped("the connection to the scheduler was lost") from error
 
 
@@ -506,13 +510,14 @@ def _result(future: Future) -> Any:
 @contextmanager
 def local_or_named(scheduler: str | None, workers: int | None, slides: int) -> Iterator[Client]:
     """A Dask client of the scheduler that is named, else of a local cluster that ends with it."""
-    with dask.config.set(DASK):
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    # Tracebacks about connections to who has died; we say it in a line.
+    with dask.config.set(DASK), silence_logging_cmgr(logging.CRITICAL):
         if scheduler is not None:
             try:
                 client = Client(scheduler, timeout=20, set_as_default=False)
             except (OSError, ValueError) as error:
                 raise UsageError(f"no scheduler answers at {scheduler}: {error}") from error
-            logging.getLogger("distributed").setLevel(logging.CRITICAL)  # what it has to say of it is said by us
             with client:
                 if not _until(lambda: _workers(client), 60):
                     raise UsageError(f"no worker has joined the scheduler at {scheduler}; start some, then run again")

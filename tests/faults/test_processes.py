@@ -1,4 +1,4 @@
-"""Rows 72-76 of the fault matrix: worker processes that are killed, crash, leak, hang or are gone, and their scheduler."""
+"""Rows 72-76 of the fault matrix: processes that are killed, crash, leak, hang or are gone."""
 
 import json
 import os
