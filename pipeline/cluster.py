@@ -7,6 +7,7 @@ never pixels.
 
 import logging
 import os
+import resource
 import signal
 import threading
 import time
@@ -72,6 +73,7 @@ PATIENCE_S = 600.0  # without a sign of life a slide is given up; SLIDESTREAM_PA
 SLOWEST = 1e6  # bytes of a slide that are read in a second, at least, beyond that
 WITHOUT_WORKERS = 0.4  # of that patience, until a run without workers stops
 LOOK_S = 2.0  # between two looks at who is there
+FILES, FILES_A_WORKER = 64, 8  # that must be allowed to be open: connections, pipes, slides
 
 
 class State(Protocol):
@@ -523,15 +525,26 @@ def local_or_named(scheduler: str | None, workers: int | None, slides: int) -> I
                     raise UsageError(f"no worker has joined the scheduler at {scheduler}; start some, then run again")
                 yield client
             return
-        cluster = None
+        cluster, count = None, min(workers or _default_workers(), slides)
+        _require_open_files(FILES + FILES_A_WORKER * count)
         try:
             with _deaf_to_control_c():
-                cluster = _local_cluster(min(workers or _default_workers(), slides))
+                cluster = _local_cluster(count)
             with Client(cluster, set_as_default=False) as client:
                 yield client
         finally:
             if cluster is not None:
                 cluster.close(timeout=10)
+
+
+def _require_open_files(count: int) -> None:
+    """Raise the limit of this process, and so of its workers, where it is too low and may be raised; else UsageError."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY or soft >= count:
+        return
+    if hard != resource.RLIM_INFINITY and hard < count:
+        raise UsageError(f"{hard} files may be open at a time, and a run needs {count}: raise it with `ulimit -n`")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (count, hard))
 
 
 @contextmanager
