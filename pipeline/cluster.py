@@ -538,7 +538,7 @@ def local_or_named(scheduler: str | None, workers: int | None, slides: int) -> I
 
 
 def _require_open_files(count: int) -> None:
-    """Raise the limit of this process, and so of its workers, where it is too low and may be raised; else UsageError."""
+    """Raise the limit of this process, and so of its workers, where it is too low; UsageError if that may not be."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY or soft >= count:
         return

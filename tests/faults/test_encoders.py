@@ -1,5 +1,6 @@
 """Rows 64, 65, 70 and 71 of the fault matrix: encoders that give nonsense, that may not be had, and no GPU."""
 
+import shutil
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
@@ -126,15 +127,15 @@ def test_row_70_gated_model_without_a_token(gated_hub, start, whole, tmp_path):
     assert not run.out.exists()
 
 
-def test_row_71_cuda_where_there_is_none(neighbour, line, cli):
+def test_row_71_cuda_where_there_is_none(neighbour, folder, line, cli):
     torch = pytest.importorskip("torch")
     pytest.importorskip("lightly")
     if torch.cuda.is_available():
         pytest.skip("there is a GPU here")
-    path, _ = neighbour
-    assert line({path.name: path}, tile_px=128)[path.name].status == "done"
+    shutil.copy2(neighbour[0], folder / "a.svs")
+    assert line.folder(folder, tile_px=128)["a.svs"].status == "done"
     result = cli("pretrain", line.out, "--arch", "vit_tiny_scorenet", "--batch-size", 2, "--device", "cuda")
     assert result.code == 1, result
-    assert "CUDA" in result.err
+    assert "device 'cuda' cannot be used here" in result.err
     assert "Traceback" not in result.err
     assert not (line.out / "pretrained").exists()
