@@ -308,7 +308,7 @@ class _Disks:
         """RunStopped if a slide that has failed is gone with the disk it lay on: all others would fail too."""
         path, before = self._known[slide]
         with machine_door():
-            if device(path) != before:
+            if not os.path.exists(path) and device(path) != before:
                 raise RunStopped(f"{path} is gone with its disk, which is not mounted any more")
 
 

@@ -80,6 +80,7 @@ ARRAYS = {
 }
 
 
+@pytest.mark.fault(61, "chunk cut, flipped, deleted", "refused by name; made again, same bytes")
 @pytest.mark.parametrize("damage", [cut, flip, delete])
 @pytest.mark.parametrize("array", ARRAYS)
 def test_row_61_chunk_is_damaged(array, damage, stored, line):
@@ -95,6 +96,7 @@ def test_row_61_chunk_is_damaged(array, damage, stored, line):
     assert stored.differing() == []
 
 
+@pytest.mark.fault(61)
 @pytest.mark.parametrize("damage", [cut, delete])
 @pytest.mark.parametrize("array", ["features/lab_lbp/x", "features/lab_lbp/valid"])
 def test_row_61_what_the_size_shows_is_mended_without_redo(array, damage, stored, line):
@@ -105,6 +107,7 @@ def test_row_61_what_the_size_shows_is_mended_without_redo(array, damage, stored
     assert stored.differing() == []
 
 
+@pytest.mark.fault(61)
 def test_row_61_only_the_damaged_chunk_is_encoded_again(kit, folder, line, monkeypatch):
     """A slide of several chunks of 2048 rows: one is lost, the others are not touched."""
     kit.write_slide(folder / "big.svs", kit.tissue(), 0.5, tile_px=64)
@@ -124,6 +127,7 @@ JSON_FILES = ["zarr.json", "tiles/zarr.json", "tissue/zarr.json", "features/lab_
 JSON_FILES += [f"{array}/zarr.json" for array in ARRAYS]
 
 
+@pytest.mark.fault(62, "zarr.json or run.json cut, missing, strange", "refused by name; made again, same bytes")
 @pytest.mark.parametrize("damage", [cut, delete])
 @pytest.mark.parametrize("file", JSON_FILES)
 def test_row_62_zarr_json_is_damaged(file, damage, stored, line):
@@ -138,6 +142,7 @@ def test_row_62_zarr_json_is_damaged(file, damage, stored, line):
     assert stored.differing() == []
 
 
+@pytest.mark.fault(62)
 @pytest.mark.parametrize("content", ["[]", "{}", '{"attributes": []}', '{"attributes": {"status": "complete"}}', "\0"])
 def test_row_62_zarr_json_is_of_something_else(content, stored, line):
     (stored.group / "zarr.json").write_text(content)
@@ -153,6 +158,7 @@ def set_attribute(path: Path, **values: object) -> None:
     path.write_text(json.dumps(about))
 
 
+@pytest.mark.fault(63, "killed before the last attributes", "not whole; finished by the next run")
 def test_row_63_killed_before_the_last_attributes(stored, line):
     set_attribute(stored.group / "zarr.json", status="writing")
     with pytest.raises(BrokenBag, match="is not finished"):
@@ -164,6 +170,7 @@ def test_row_63_killed_before_the_last_attributes(stored, line):
     assert x.stat().st_mtime_ns == written, "all that was missing was the word"
 
 
+@pytest.mark.fault(63)
 def test_row_63_killed_before_the_last_attributes_of_the_features(stored, line):
     set_attribute(stored.group / "zarr.json", status="writing")
     set_attribute(stored.group / "features/lab_lbp/zarr.json", status="writing")
@@ -173,6 +180,7 @@ def test_row_63_killed_before_the_last_attributes_of_the_features(stored, line):
     assert stored.differing() == []
 
 
+@pytest.mark.fault(63)
 def test_row_63_killed_between_validity_and_features(stored, line):
     set_attribute(stored.group / "zarr.json", status="writing")
     set_attribute(stored.group / "features/lab_lbp/zarr.json", status="writing")
@@ -183,6 +191,7 @@ def test_row_63_killed_between_validity_and_features(stored, line):
     assert stored.differing() == []
 
 
+@pytest.mark.fault(62)
 def test_row_62_run_json_is_cut(stored, line):
     cut(line.out / "run.json")
     assert line({stored.name: stored.path})[stored.name].status == "done"
@@ -223,6 +232,7 @@ def held(tmp_path):
         holder.kill()
 
 
+@pytest.mark.fault(57)
 def test_row_57_second_run_is_refused(held, neighbour, cli):
     out, holder = held
     result = cli("run", neighbour[0], "-o", out, "-e", "lab_lbp")
@@ -233,6 +243,7 @@ def test_row_57_second_run_is_refused(held, neighbour, cli):
     assert not (out / "slides.csv").exists()
 
 
+@pytest.mark.fault(57)
 def test_row_57_one_lock_at_a_time_in_one_process(tmp_path):
     with locked(tmp_path):
         assert str(os.getpid()) in running(tmp_path)
@@ -241,6 +252,7 @@ def test_row_57_one_lock_at_a_time_in_one_process(tmp_path):
     assert running(tmp_path) == ""
 
 
+@pytest.mark.fault(58, "lock of a dead run", "taken over")
 def test_row_58_lock_of_a_dead_run_is_taken_over(held):
     out, holder = held
     holder.kill()
@@ -250,6 +262,7 @@ def test_row_58_lock_of_a_dead_run_is_taken_over(held):
         assert f"process {os.getpid()}" in running(out)
 
 
+@pytest.mark.fault(58)
 @pytest.mark.parametrize("content", ["", "{", "[]", "\0\xff"])
 def test_row_58_lock_file_without_sense_is_taken_over(content, tmp_path):
     (tmp_path / ".lock").write_text(content)
@@ -257,6 +270,7 @@ def test_row_58_lock_file_without_sense_is_taken_over(content, tmp_path):
         assert f"process {os.getpid()}" in running(tmp_path)
 
 
+@pytest.mark.fault(60)
 def test_row_60_read_only_folder(open_folder, neighbour, as_nobody, cli):
     (open_folder / "slides").mkdir()
     shutil.copyfile(neighbour[0], open_folder / "slides/a.svs")
@@ -270,6 +284,7 @@ def test_row_60_read_only_folder(open_folder, neighbour, as_nobody, cli):
     assert list(out.iterdir()) == []
 
 
+@pytest.mark.fault(60)
 def test_row_60_folder_cannot_be_made(open_folder, neighbour, as_nobody, cli):
     (open_folder / "closed").mkdir(mode=0o755)
     out = open_folder / "closed/out"
@@ -281,6 +296,7 @@ def test_row_60_folder_cannot_be_made(open_folder, neighbour, as_nobody, cli):
     assert not out.exists()
 
 
+@pytest.mark.fault(60)
 @pytest.mark.parametrize("place", ["file", "file/below"])
 def test_row_60_a_file_in_place_of_the_folder(place, tmp_path, neighbour, cli):
     (tmp_path / "file").write_text("precious")
@@ -291,6 +307,7 @@ def test_row_60_a_file_in_place_of_the_folder(place, tmp_path, neighbour, cli):
     assert (tmp_path / "file").read_text() == "precious"
 
 
+@pytest.mark.fault(60)
 def test_row_60_read_only_folder_of_a_finished_run(open_folder, neighbour, as_nobody, cli, line):
     """The lock of an earlier run by another user: told as what it is."""
     shutil.copyfile(neighbour[0], open_folder / "a.svs")

@@ -40,6 +40,7 @@ def encoders(code):
     (code / "wrong_encoders.py").write_text(ENCODERS)
 
 
+@pytest.mark.fault(64, "features that are all zero", "D, the chunk exists")
 def test_row_64_features_that_are_all_zero(neighbour, line):
     """Zarr leaves out chunks of zeros unless told otherwise, and what is left out would look unfinished."""
     path, _ = neighbour
@@ -53,6 +54,7 @@ def test_row_64_features_that_are_all_zero(neighbour, line):
     assert x.stat().st_mtime_ns == written
 
 
+@pytest.mark.fault(65, "encoder gives inf, NaN, more than fp16 holds", "X")
 @pytest.mark.parametrize(
     ("kind", "words"),
     [("nan", "inf or NaN"), ("inf", "inf or NaN"), ("minus", "inf or NaN"), ("large", "100000, which does not fit")],
@@ -68,6 +70,7 @@ def test_row_65_features_that_are_no_numbers(kind, words, neighbour, line):
     assert not (group.path / "features/wrong/x/c").exists()
 
 
+@pytest.mark.fault(65)
 def test_row_65_what_16_bits_cannot_hold_32_can(neighbour, line):
     path, _ = neighbour
     rows = line({path.name: path}, encoder="wrong_encoders:large", dtype="float32")
@@ -75,6 +78,7 @@ def test_row_65_what_16_bits_cannot_hold_32_can(neighbour, line):
     assert np.frombuffer(line.x(path.name)[0], np.float32).max() == 1e5
 
 
+@pytest.mark.fault(65)
 @pytest.mark.slow
 def test_row_65_in_a_real_run(start, whole):
     run = start(0.0, "--encoder=wrong_encoders:nan")
@@ -113,6 +117,7 @@ def gated_hub():
         server.shutdown()
 
 
+@pytest.mark.fault(70, "gated model without a token", "P, with the page of the licence; asked once")
 @pytest.mark.slow
 def test_row_70_gated_model_without_a_token(gated_hub, start, whole, tmp_path):
     """The hub is asked once; it is said where the licence is and what to set."""
@@ -127,6 +132,7 @@ def test_row_70_gated_model_without_a_token(gated_hub, start, whole, tmp_path):
     assert not run.out.exists()
 
 
+@pytest.mark.fault(71, "cuda asked for where there is none", "P")
 def test_row_71_cuda_where_there_is_none(neighbour, folder, line, cli):
     torch = pytest.importorskip("torch")
     pytest.importorskip("lightly")

@@ -20,6 +20,7 @@ def being_started(run) -> bool:
         return False
 
 
+@pytest.mark.fault(54, "SIGKILL, five times", "the same command resumes, same bytes")
 def test_row_54_killed_five_times(start, whole, finish):
     """Each time it gets at least one chunk further, is killed, and its workers go with it."""
     for _ in range(5):
@@ -35,6 +36,7 @@ def test_row_54_killed_five_times(start, whole, finish):
     finish()
 
 
+@pytest.mark.fault(55, "SIGTERM", "130, the same command resumes")
 def test_row_55_sigterm(start, whole, finish):
     run = start(0.2)
     run.until(lambda: run.chunks() > 0, "first chunk")
@@ -48,6 +50,7 @@ def test_row_55_sigterm(start, whole, finish):
     finish()
 
 
+@pytest.mark.fault(56, "Ctrl-C once, twice, before there are workers", "130, the same command resumes")
 def test_row_56_control_c_once(start, whole, finish):
     run = start(0.2)
     run.until(lambda: run.chunks() > 0, "first chunk")
@@ -60,6 +63,7 @@ def test_row_56_control_c_once(start, whole, finish):
     finish()
 
 
+@pytest.mark.fault(56)
 def test_row_56_control_c_twice(start, whole, finish):
     run = start(30.0)  # a batch that nobody wants to wait for
     run.until(lambda: (run.out / "slides/a.svs.zarr/features").exists(), "beginning of a slide")
@@ -73,6 +77,7 @@ def test_row_56_control_c_twice(start, whole, finish):
     finish()
 
 
+@pytest.mark.fault(56)
 def test_row_56_control_c_before_the_workers_are_there(start, whole, finish):
     run = start()
     run.until(lambda: being_started(run), "worker that is being started")
@@ -83,6 +88,7 @@ def test_row_56_control_c_before_the_workers_are_there(start, whole, finish):
     finish()
 
 
+@pytest.mark.fault(57, "two runs in one output folder", "P for the second, which names the first")
 def test_row_57_second_run_while_the_first_is_at_work(start, whole, line):
     first = start(0.2)
     first.until(lambda: first.chunks() > 0, "first chunk")

@@ -88,6 +88,7 @@ def touched(kit, folder, neighbour, start, line) -> Callable[..., Outcome]:
 READERS = pytest.mark.parametrize("reader", ["tiffslide", "openslide"])  # one keeps a file open, one opens it by name
 
 
+@pytest.mark.fault(50, "slide replaced while it is read", "F, changed")
 @pytest.mark.slow
 @READERS
 def test_row_50_slide_replaced_while_it_is_read(reader, touched, kit, tmp_path):
@@ -98,6 +99,7 @@ def test_row_50_slide_replaced_while_it_is_read(reader, touched, kit, tmp_path):
     assert "changed while it was read" in row.message
 
 
+@pytest.mark.fault(51)
 @pytest.mark.slow
 @READERS
 def test_row_51_slide_removed_while_it_is_read(reader, touched):
@@ -106,6 +108,7 @@ def test_row_51_slide_removed_while_it_is_read(reader, touched):
     assert "No such file" in row.message
 
 
+@pytest.mark.fault(52, "the disk of the slides is unmounted", "X, no slide is blamed")
 @pytest.mark.slow
 @pytest.mark.parametrize("linked", [False, True], ids=["folder", "links"])
 def test_row_52_mount_of_the_slides_is_gone(linked, mount, start, whole, folder, tmp_path, finish):
@@ -138,6 +141,7 @@ def test_row_52_mount_of_the_slides_is_gone(linked, mount, start, whole, folder,
 # --- limits -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.fault(49, "40 files may be open", "P")
 @pytest.mark.slow
 @pytest.mark.parametrize("limit", [40, 80, 160])
 def test_row_49_few_files_may_be_open(limit, start, whole, line, folder):
@@ -156,6 +160,7 @@ def test_row_49_few_files_may_be_open(limit, start, whole, line, folder):
     assert code == 1 or limit > 40
 
 
+@pytest.mark.fault(49)
 def test_row_49_limit_is_raised_where_that_is_allowed():
     """As on systems that say 256 until one asks for more."""
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -170,6 +175,7 @@ def test_row_49_limit_is_raised_where_that_is_allowed():
 # --- a disk that is full ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.fault(59, "disk full, quota", "X, in one line")
 def test_row_59_disk_full_wherever_a_slide_is_written(small_disk, neighbour, line, code):
     """Whatever is being written when the disk is full, the slide is not blamed, and what follows is the same bytes."""
     disk, stops = small_disk(8 << 20), 0
@@ -193,6 +199,7 @@ def test_row_59_disk_full_wherever_a_slide_is_written(small_disk, neighbour, lin
     assert stops > 20, "one for every file at least"
 
 
+@pytest.mark.fault(59)
 def test_row_59_disk_full_while_the_tables_are_written(small_disk, neighbour, code):
     """A finished run, again: run.json and slides.csv are the old or the new ones, never cut."""
     disk, (path, _) = small_disk(8 << 20), neighbour
@@ -213,6 +220,7 @@ def test_row_59_disk_full_while_the_tables_are_written(small_disk, neighbour, co
     assert stops > 0
 
 
+@pytest.mark.fault(59)
 @pytest.mark.slow
 def test_row_59_disk_full_in_a_real_run(small_disk, start, whole, finish):
     """2 MB; it is told in one line, and goes on once there is more room."""
@@ -228,6 +236,7 @@ def test_row_59_disk_full_in_a_real_run(small_disk, start, whole, finish):
     finish(out=disk / "real")
 
 
+@pytest.mark.fault(59)
 @pytest.mark.slow
 def test_row_59_file_size_limit(start, whole, finish):
     """A quota of another kind, for those who may not mount: no file larger than 300 kB."""
@@ -239,6 +248,7 @@ def test_row_59_file_size_limit(start, whole, finish):
     finish()
 
 
+@pytest.mark.fault(60, "output folder read-only", "P; X where it becomes so in the midst")
 @pytest.mark.slow
 def test_row_60_folder_becomes_read_only_while_a_run_is_at_work(mount, start, whole, tmp_path, finish):
     slides = tmp_path / "real/slides"
@@ -262,6 +272,7 @@ def test_row_60_folder_becomes_read_only_while_a_run_is_at_work(mount, start, wh
 # --- very many slides -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.fault(53, "very many tiny slides", "D, memory and open files stay flat")
 @pytest.mark.slow
 def test_row_53_five_hundred_tiny_slides(kit, folder, start):
     """Neither memory nor open files of any process grow from the 100th slide to the last."""
