@@ -1,11 +1,11 @@
 """What a run of 200 slides holds in memory: the peak, and whether it grows from the 50th slide to the 200th.
 
-    python benchmarks/memory.py [--slides 200] [--encoder lab_lbp]
+    python benchmarks/memory.py [--kind biopsies] [--slides 200] [--encoder lab_lbp]
 
 The real command on a folder of biopsies (20 different ones, the rest are links to them), every process of it counted,
-looked at each time a slide is finished. Then the byte budget of the reading queue, with a reader ten times faster than
-the encoder and the other way round: the most that was ever in flight, beside what was allowed. Writes
-benchmarks/out/memory.json.
+its memory and its open files, looked at each time a slide is finished. Ten thousand: --kind tiny --slides 10000. Then
+the byte budget of the reading queue, with a reader ten times faster than the encoder and the other way round: the most
+that was ever in flight, beside what was allowed. Writes benchmarks/out/memory.json.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 import psutil
-from slides import cohort
+from slides import SIDES, cohort
 
 from pipeline.errors import SlideError
 from pipeline.feed import Feed
@@ -34,19 +34,20 @@ OUT = Path(__file__).parent / "out"
 COMMAND = Path(sys.executable).with_name("slidestream")
 
 
-def held(process: psutil.Process) -> float:
-    """MB of a process and all below it; what they share is counted once for each."""
-    total = 0
+def held(process: psutil.Process) -> tuple[float, int]:
+    """MB and open files of a process and all below it; what they share is counted once for each."""
+    total, files = 0, 0
     for one in [process, *process.children(recursive=True)]:
         try:
             total += one.memory_info().rss
+            files += one.num_fds()
         except psutil.NoSuchProcess:
             continue
-    return total / 1e6
+    return total / 1e6, files
 
 
-def watch(folder: Path, out: Path, encoder: str) -> list[float]:
-    """MB held when each slide was finished."""
+def watch(folder: Path, out: Path, encoder: str) -> list[tuple[float, int]]:
+    """MB and open files held when each slide was finished."""
     options = ["-e", encoder, "--levels", "1", *(() if encoder == "lab_lbp" else ("--weights", "random"))]
     run = subprocess.Popen([COMMAND, "run", folder, "-o", out, *options], stdout=subprocess.PIPE, text=True)
     process, found = psutil.Process(run.pid), []
@@ -95,22 +96,28 @@ def in_flight(reading_s: float, encoding_s: float, allowed: int) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kind", choices=SIDES, default="biopsies")
     parser.add_argument("--slides", type=int, default=200)
     parser.add_argument("--encoder", default="lab_lbp")
     wanted = parser.parse_args()
-    made = cohort(OUT / "slides", "biopsies", 20)
+    made = cohort(OUT / "slides", wanted.kind, 20)
     with tempfile.TemporaryDirectory(dir=OUT) as place:
         folder = Path(place) / "slides"
         folder.mkdir()
         for number in range(wanted.slides):
             os.link(made[number % len(made)], folder / f"{number:04}.svs")
-        found = watch(folder, Path(place) / "out", wanted.encoder)
+        started = time.perf_counter()
+        seen = watch(folder, Path(place) / "out", wanted.encoder)
+        seconds, found = time.perf_counter() - started, [mb for mb, _ in seen]
     quarter = [len(found) * k // 4 for k in (1, 2, 3, 4)]
     result: dict[str, Any] = {
+        "kind": wanted.kind,
         "slides": len(found),
+        "seconds": seconds,
         "peak MB": max(found),
         "MB at a quarter, half, three quarters, the end": [max(found[max(0, at - 10) : at]) for at in quarter],
     }
+    result["open files there"] = [max(files for _, files in seen[max(0, at - 10) : at]) for at in quarter]
     first, *_, last = result["MB at a quarter, half, three quarters, the end"]
     result["growth from the first quarter to the end"] = last / first - 1
     allowed = 160 << 20  # two blocks and a half

@@ -3,8 +3,8 @@
     python benchmarks/slides.py FOLDER --kind biopsies --count 6
 
 256-px JPEG tiles (quality 80, 4:2:0), 0.25 µm/px, levels 1, 4 and 16; tissue on 40 % of the area in blobs of a few
-thousand pixels, noisy glass around. Kinds by their side in pixels: big 32768, medium 16384, biopsies 6144. The same
-seed gives the same slide; a slide that is there already is not made again.
+thousand pixels, noisy glass around. Kinds by their side in pixels: big 32768, medium 16384, biopsies 6144, tiny 1024.
+The same seed gives the same slide; a slide that is there already is not made again.
 
 Inside the blobs a slide repeats a few hundred different tiles, each encoded once: so a gigapixel takes seconds. Every
 place has bytes of its own in the file; a reader that goes by place decodes them all.
@@ -23,7 +23,7 @@ import numpy as np
 import tifffile
 from skimage.data import immunohistochemistry
 
-SIDES = {"big": 32768, "medium": 16384, "biopsies": 6144}
+SIDES = {"big": 32768, "medium": 16384, "biopsies": 6144, "tiny": 1024}
 TILE = 256
 MPP = 0.25
 FACTORS = (4, 16)

@@ -26,6 +26,7 @@ from distributed import (
     get_worker,
     secede,
 )
+from distributed.comm import CommClosedError
 
 from extractors import Encoder, EncoderError
 
@@ -267,7 +268,9 @@ def work_through(client: Client, todo: list[SlideFile], job: Job, state: State) 
         return False
     except KeyboardInterrupt:
         return True
-    except (OSError, CancelledError) as error:  # of a connection: files have doors of their own
+    except (OSError, CancelledError) as error:
+        if client.status == "running" and not isinstance(error, CommClosedError | CancelledError):
+            raise
         raise RunStopped("the connection to the scheduler was lost") from error
 
 
@@ -304,7 +307,7 @@ class _Disks:
         """RunStopped if a slide that has failed is gone with the disk it lay on: all others would fail too."""
         path, before = self._known[slide]
         with machine_door():
-            if device(path) != before:
+            if not os.path.exists(path) and device(path) != before:
                 raise RunStopped(f"{path} is gone with its disk, which is not mounted any more")
 
 

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import resource
 import signal
 import threading
 import time
@@ -16,6 +17,7 @@ import dask
 from dask.system import CPU_COUNT  # heeds the limits of a container
 from distributed import Client, Nanny, Scheduler, SpecCluster
 from distributed.system import MEMORY_LIMIT  # so does this
+from distributed.utils import silence_logging_cmgr
 
 from .errors import UsageError, nearest
 
@@ -38,6 +40,7 @@ CORES_PER_ENCODER = 4  # of a CPU: more threads on one batch gain little
 DEVICE = "SLIDESTREAM_DEVICE"  # in the environment of a local worker
 ENCODER = "ENCODER"  # the Dask resource of a worker that may hold an encoder
 CLUSTERS = ("local", "slurm")
+FILES, FILES_A_WORKER = 64, 8  # that must be allowed to be open: connections, pipes, slides
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,9 @@ class Place:
 @contextmanager
 def reached(place: Place, slides: int, logs: Path) -> Iterator[Client]:
     """A Dask client of the workers. What was started for it ends with it. `logs`: where jobs write theirs."""
-    with dask.config.set(DASK):
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    # Tracebacks about connections to who has died; we say it in a line.
+    with dask.config.set(DASK), silence_logging_cmgr(logging.CRITICAL):
         if place.scheduler is not None:
             with _named(place.scheduler) as client:
                 yield client
@@ -85,7 +90,6 @@ def _named(scheduler: str) -> Iterator[Client]:
         client = Client(scheduler, timeout=20, set_as_default=False)
     except (OSError, ValueError) as error:
         raise UsageError(f"no scheduler answers at {scheduler}: {error}") from error
-    logging.getLogger("distributed").setLevel(logging.CRITICAL)  # what it has to say of it is said by us
     with client:
         if not until(lambda: workers_of(client), 60):
             raise UsageError(f"no worker has joined the scheduler at {scheduler}; start some, then run again")
@@ -103,6 +107,16 @@ def until(condition: Callable[[], T], seconds: float) -> T:
     while not (found := condition()) and time.monotonic() < deadline:
         time.sleep(0.2)
     return found
+
+
+def _require_open_files(count: int) -> None:
+    """Raise the limit of this process, and so of its workers, where it is too low; UsageError if that may not be."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY or soft >= count:
+        return
+    if hard != resource.RLIM_INFINITY and hard < count:
+        raise UsageError(f"{hard} files may be open at a time, and a run needs {count}: raise it with `ulimit -n`")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (count, hard))
 
 
 @contextmanager
@@ -156,6 +170,7 @@ def _local(place: Place, slides: int) -> SpecCluster:
     """Worker processes on this machine. On a GPU box only as many of them encode as there are GPUs."""
     chosen = gpus(place.devices)
     workers = min(place.workers or _default_workers(len(chosen)), slides)
+    _require_open_files(FILES + FILES_A_WORKER * workers)
     environment = {
         "SLIDESTREAM_THREADS": str(max(1, CPU_COUNT // min(workers, len(chosen) or workers))),
         "PYTHONDONTWRITEBYTECODE": "",

@@ -254,12 +254,10 @@ class Feed(Generic[S]):
                         yield source, tiles
                     if source.error:
                         break
-                else:
-                    if not source.unchanged():
-                        reason = "the file changed while it was read; run again when it is whole"
-                        raise UnreadableSlide(source.slide, "encode", reason)
         except SlideError as error:
             source.error = error
+        if reading.reader is not None:
+            _refuse_changed(source)
         self._drain(reading)
         yield source, None
 
@@ -294,3 +292,13 @@ class Feed(Generic[S]):
             future.exception()
             self.budget.give(size)
         reading.close()
+
+
+def _refuse_changed(source: Source) -> None:
+    """What was read of a file that changed meanwhile is worth nothing, and neither is an error that came of it."""
+    try:
+        if not source.unchanged():
+            reason = "the file changed while it was read; run again when it is whole"
+            source.error = UnreadableSlide(source.slide, "encode", reason)
+    except SlideError as error:  # it is gone
+        source.error = error

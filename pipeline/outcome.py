@@ -1,13 +1,13 @@
 """What became of each slide: one row, one table, `slides.csv`."""
 
 import csv
-import os
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from .aside import aside
 from .errors import SlideError
 from .meter import Meter
 from .saving import Saving
@@ -66,13 +66,11 @@ def failed(slide: str, error: SlideError) -> Outcome:
 
 def write_outcomes(path: Path, outcomes: Iterable[Outcome]) -> None:
     """The table, sorted by slide, in one step: whoever reads it sees the old or the new one, never half of it."""
-    part = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    with open(part, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+    with aside(path) as part, open(part, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
         for outcome in sorted(outcomes, key=lambda o: o.slide):
             writer.writerow({name: _cell(value) for name, value in asdict(outcome).items()})
-    os.replace(part, path)
 
 
 def _cell(value: object) -> object:

@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from .aside import aside
 from .config import difference
 from .errors import UsageError
 from .folder import Folder
@@ -71,9 +72,8 @@ def make_writable(out: Path) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    part = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    part.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n")
-    os.replace(part, path)
+    with aside(path) as part:
+        part.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n")
 
 
 def machine() -> dict[str, Any]:

@@ -16,6 +16,7 @@ PACKAGES = ("pipeline", "extractors", "heads")
 ORDER = (
     *(
         "errors",
+        "aside",
         "doubling",
         "meter",
         "saving",

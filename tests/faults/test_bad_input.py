@@ -226,6 +226,7 @@ def test_finished_run_again_does_nothing(finished, slide, cli):
     assert files(finished.out) == before
 
 
+@pytest.mark.fault(66, "another recipe for the same folder", "P, with the difference; --redo makes what depends on it")
 def test_changed_recipe_is_refused_with_the_difference(finished, slide, cli):
     before = files(finished.out)
     result = cli("run", slide.parent, "-o", finished.out, "-e", "lab_lbp", "--mpp", 1, "--levels", 3, "--tile-px", 64)
@@ -236,6 +237,7 @@ def test_changed_recipe_is_refused_with_the_difference(finished, slide, cli):
     assert files(finished.out) == before
 
 
+@pytest.mark.fault(66)
 def test_another_root_is_refused(finished, slide, cli, tmp_path):
     shutil.copytree(slide.parent, tmp_path / "others")
     result = cli("run", tmp_path / "others", "-o", finished.out, *FLAGS)
@@ -291,6 +293,7 @@ def encoded(line, slide, tmp_path, monkeypatch):
     return redo
 
 
+@pytest.mark.fault(66)
 def test_redo_of_what_is_the_same_encodes_nothing(encoded):
     assert encoded()[0] == 0
 
@@ -300,6 +303,7 @@ def test_redo_for_a_setting_without_effect_encodes_nothing(encoded):
     assert encoded(min_region_tissue=0.001)[0] == 0, "other setting, same tiles"
 
 
+@pytest.mark.fault(66)
 def test_redo_for_other_tiles_encodes_them(encoded):
     count, tiles = encoded(min_tissue=0.9)
     assert count == tiles > 0

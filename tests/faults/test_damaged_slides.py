@@ -23,6 +23,7 @@ JPEG_TABLES, DESCRIPTION = 347, 270
 class Fault:
     """A slide that must fail: how it is made, at which stage it is found, and a word of the reason."""
 
+    row: int
     make: Callable
     stage: str
     word: str
@@ -33,12 +34,32 @@ class Fault:
         return self.make.__name__
 
 
+FAULT = {  # row → what is done to a slide; all of them must fail, but for what is said
+    1: ("cut at 60 %, directories first", "F"),
+    2: ("cut at 60 %, level 0 last", "F"),
+    3: ("cut at 97 %, the last directory lost", "F"),
+    4: ("cut at 50 %, directories last", "F"),
+    5: ("directories in a circle", "F"),
+    6: ("20 tiles of tissue zeroed", "F"),
+    7: ("20 tiles of tissue zeroed by half", "F"),
+    9: ("tiles at offsets of 2³¹", "F"),
+    12: ("offset 0, count kept", "F"),
+    13: ("no JPEG tables", "F"),
+    14: ("JPEG tables cut at 200 bytes", "F"),
+    15: ("the header of a tile says 65535²", "F, memory stays flat"),
+    16: ("10⁶ × 10⁶ px, one tile", "F"),
+    17: ("0 × 0 px", "F"),
+    18: ("0 bytes, a text, a header only", "F"),
+    19: ("PNG named .svs", "F without a µm/px, else W"),
+    20: ("PNG of 60000² px in 1 kB", "F"),
+    21: ("JPEG or PNG that is cut", "F"),
+}
 FAULTS: list[Fault] = []
 
 
-def fails(stage: str, word: str, **options) -> Callable:
+def fails(row: int, stage: str, word: str, **options) -> Callable:
     def register(make: Callable) -> Callable:
-        FAULTS.append(Fault(make, stage, word, **options))
+        FAULTS.append(Fault(row, make, stage, word, **options))
         return make
 
     return register
@@ -49,32 +70,32 @@ def cut(path: Path, share: float) -> None:
     path.write_bytes(data[: int(len(data) * share)])
 
 
-@fails("open", "truncated")
+@fails(1, "open", "truncated")
 def row_01_cut_directories_first(path, kit):
     cut(kit.write_tiff(path, kit.pages()), 0.6)
 
 
-@fails("open", "truncated")
+@fails(2, "open", "truncated")
 def row_02_cut_level_0_last(path, kit):
     cut(kit.write_tiff(path, kit.pages(), "level 0 last"), 0.6)
 
 
-@fails("open", "truncated")
+@fails(3, "open", "truncated")
 def row_03_cut_last_directory_lost(path, kit):
     cut(kit.write_tiff(path, kit.pages(), "each after its data"), 0.97)
 
 
-@fails("open", "truncated")
+@fails(4, "open", "truncated")
 def row_04_cut_half_directories_last(path, kit):
     cut(kit.write_tiff(path, kit.pages(), "directories last"), 0.5)
 
 
-@fails("open", "circle")
+@fails(5, "open", "circle")
 def row_05_directories_in_a_circle(path, kit):
     kit.write_tiff(path, kit.pages(), circle=True)
 
 
-@fails("encode", "cannot be decoded")
+@fails(6, "encode", "cannot be decoded")
 def row_06_zeroed_tiles(path, kit):
     pages = kit.pages()
     for i in kit.inner[:20]:
@@ -82,7 +103,7 @@ def row_06_zeroed_tiles(path, kit):
     kit.write_tiff(path, pages)
 
 
-@fails("encode", "cannot be decoded")
+@fails(7, "encode", "cannot be decoded")
 def row_07_half_zeroed_tiles(path, kit):
     pages = kit.pages()
     for i in kit.inner[:20]:
@@ -91,21 +112,21 @@ def row_07_half_zeroed_tiles(path, kit):
     kit.write_tiff(path, pages)
 
 
-@fails("open", "beyond the end")
+@fails(9, "open", "beyond the end")
 def row_09_offsets_of_two_to_the_31(path, kit):
     pages = kit.pages()
     pages[0].offsets = dict.fromkeys(range(len(pages[0].tiles)), 1 << 31)
     kit.write_tiff(path, pages)
 
 
-@fails("open", "without an address")
+@fails(12, "open", "without an address")
 def row_12_offset_0_count_kept(path, kit):
     pages = kit.pages()
     pages[0].offsets = dict.fromkeys(kit.inner[:20], 0)
     kit.write_tiff(path, pages)
 
 
-@fails("encode", "cannot be decoded")
+@fails(13, "encode", "cannot be decoded")
 def row_13_no_jpeg_tables(path, kit):
     pages = kit.pages()
     kit.shared_tables(pages[0])
@@ -113,7 +134,7 @@ def row_13_no_jpeg_tables(path, kit):
     kit.write_tiff(path, pages)
 
 
-@fails("open", "JPEG tables")
+@fails(14, "open", "JPEG tables")
 def row_14_jpeg_tables_cut(path, kit):
     pages = kit.pages()
     kit.shared_tables(pages[0])
@@ -123,7 +144,7 @@ def row_14_jpeg_tables_cut(path, kit):
     kit.write_tiff(path, pages)
 
 
-@fails("encode", "cannot be decoded")
+@fails(15, "encode", "cannot be decoded")
 def row_15_tile_header_says_65535(path, kit):
     pages = kit.pages()
     for i in kit.inner[:20]:
@@ -133,7 +154,7 @@ def row_15_tile_header_says_65535(path, kit):
     kit.write_tiff(path, pages)
 
 
-@fails("open", "corrupt")
+@fails(16, "open", "corrupt")
 def row_16_a_million_pixels_one_tile(path, kit):
     page = kit.pages()[0]
     page.tiles = page.tiles[:1]
@@ -142,7 +163,7 @@ def row_16_a_million_pixels_one_tile(path, kit):
     kit.write_tiff(path, [page])
 
 
-@fails("open", "corrupt")
+@fails(17, "open", "corrupt")
 def row_17_zero_by_zero(path, kit):
     pages = kit.pages()
     for code in SIDES:
@@ -150,27 +171,27 @@ def row_17_zero_by_zero(path, kit):
     kit.write_tiff(path, pages)
 
 
-@fails("open", "empty")
+@fails(18, "open", "empty")
 def row_18_no_bytes(path, kit):
     path.write_bytes(b"")
 
 
-@fails("open", "text file")
+@fails(18, "open", "text file")
 def row_18_text(path, kit):
     path.write_text("this is where the slide was\n")
 
 
-@fails("open", "")
+@fails(18, "open", "")
 def row_18_header_only(path, kit):
     path.write_bytes(kit.good.read_bytes()[:8])
 
 
-@fails("open", "mpp-csv")
+@fails(19, "open", "mpp-csv")
 def row_19_png_named_svs(path, kit):
     path.write_bytes(cv2.imencode(".png", kit.tissue(512)[..., ::-1])[1])
 
 
-@fails("open", "pixels", mpp=0.5, suffix=".png")
+@fails(20, "open", "pixels", mpp=0.5, suffix=".png")
 def row_20_huge_png_in_a_kilobyte(path, kit):
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -181,19 +202,23 @@ def row_20_huge_png_in_a_kilobyte(path, kit):
     assert path.stat().st_size < 1000
 
 
-@fails("open", "", mpp=0.5, suffix=".png")
+@fails(21, "open", "", mpp=0.5, suffix=".png")
 def row_21_cut_png(path, kit):
     path.write_bytes(cv2.imencode(".png", kit.tissue(512)[..., ::-1])[1])
     cut(path, 0.5)
 
 
-@fails("open", "", mpp=0.5, suffix=".jpg")
+@fails(21, "open", "", mpp=0.5, suffix=".jpg")
 def row_21_cut_jpeg(path, kit):
     path.write_bytes(cv2.imencode(".jpg", kit.tissue(512)[..., ::-1])[1])
     cut(path, 0.5)
 
 
-@pytest.fixture(params=FAULTS, ids=str)
+def marked(faults: list[Fault]) -> list:
+    return [pytest.param(f, id=str(f), marks=pytest.mark.fault(f.row, *FAULT[f.row])) for f in faults]
+
+
+@pytest.fixture(params=marked(FAULTS))
 def fault(request) -> Fault:
     return request.param
 
@@ -209,13 +234,14 @@ def test_damaged_slide_fails_alone(fault, folder, kit, process):
 TIFF_FAULTS = [fault for fault in FAULTS if fault.suffix == ".svs" and not str(fault).startswith(("row_18", "row_19"))]
 
 
-@pytest.mark.parametrize("fault", TIFF_FAULTS, ids=str)
+@pytest.mark.parametrize("fault", marked(TIFF_FAULTS))
 def test_damaged_slide_fails_with_the_reader_that_is_not_strict(fault, folder, kit, process):
     path = folder / "a.svs"
     fault.make(path, kit)
     assert process(path, reader="tiffslide").status == "failed"
 
 
+@pytest.mark.fault(8, "1 tile of tissue zeroed, of 144", "W, the tile is invalid and counted")
 def test_row_08_one_tile_of_144_zeroed(folder, kit, process, line):
     pages, spoiled = kit.pages(), kit.inner[0]
     pages[0].tiles[spoiled] = bytes(len(pages[0].tiles[spoiled]))
@@ -229,6 +255,7 @@ def test_row_08_one_tile_of_144_zeroed(folder, kit, process, line):
     assert line.store.group("a.svs").attrs["counts"]["invalid"] == 3
 
 
+@pytest.mark.fault(10, "background tiles left out (count 0)", "D, they are white")
 @pytest.mark.parametrize("reader", ["openslide", "tiffslide"])
 def test_row_10_background_tiles_that_are_left_out_are_white(reader, folder, kit, process):
     pages = kit.pages()
@@ -243,6 +270,7 @@ def test_row_10_background_tiles_that_are_left_out_are_white(reader, folder, kit
         assert slide.read(0, 64, 0, 1024, 64).min() < 250
 
 
+@pytest.mark.fault(11, "all tiles left out", "E")
 @pytest.mark.parametrize("reader", ["openslide", "tiffslide"])
 def test_row_11_all_tiles_left_out(reader, folder, kit, process):
     pages = kit.pages()
@@ -252,6 +280,7 @@ def test_row_11_all_tiles_left_out(reader, folder, kit, process):
     assert row.status == "empty"
 
 
+@pytest.mark.fault(15)
 @pytest.mark.parametrize("reader", ["auto", "tiffslide"])
 def test_row_15_memory_stays_flat(reader, folder, kit, process):
     path = folder / "a.svs"
@@ -263,6 +292,7 @@ def test_row_15_memory_stays_flat(reader, folder, kit, process):
     assert grown_mb < 200, "one tile of that size would take 12 GB"
 
 
+@pytest.mark.fault(19)
 def test_row_19_png_named_svs_is_read_where_its_scale_is_given(folder, kit, process):
     path = folder / "a.svs"
     row_19_png_named_svs(path, kit)

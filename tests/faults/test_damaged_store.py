@@ -81,6 +81,7 @@ ARRAYS = {
 }
 
 
+@pytest.mark.fault(61, "chunk cut, flipped, deleted", "refused by name; made again, same bytes")
 @pytest.mark.parametrize("damage", [cut, flip, delete])
 @pytest.mark.parametrize("array", ARRAYS)
 def test_row_61_chunk_is_damaged(array, damage, stored, line):
@@ -96,6 +97,7 @@ def test_row_61_chunk_is_damaged(array, damage, stored, line):
     assert stored.differing() == []
 
 
+@pytest.mark.fault(61)
 @pytest.mark.parametrize("damage", [cut, delete])
 @pytest.mark.parametrize("array", ["features/lab_lbp/x", "features/lab_lbp/valid"])
 def test_row_61_what_the_size_shows_is_mended_without_redo(array, damage, stored, line):
@@ -106,6 +108,7 @@ def test_row_61_what_the_size_shows_is_mended_without_redo(array, damage, stored
     assert stored.differing() == []
 
 
+@pytest.mark.fault(61)
 def test_row_61_only_the_damaged_chunk_is_encoded_again(kit, folder, line, monkeypatch):
     """A slide of several chunks of 2048 rows: one is lost, the others are not touched."""
     kit.write_slide(folder / "big.svs", kit.tissue(), 0.5, tile_px=64)
@@ -125,6 +128,7 @@ JSON_FILES = ["zarr.json", "tiles/zarr.json", "tissue/zarr.json", "features/lab_
 JSON_FILES += [f"{array}/zarr.json" for array in ARRAYS]
 
 
+@pytest.mark.fault(62, "zarr.json or run.json cut, missing, strange", "refused by name; made again, same bytes")
 @pytest.mark.parametrize("damage", [cut, delete])
 @pytest.mark.parametrize("file", JSON_FILES)
 def test_row_62_zarr_json_is_damaged(file, damage, stored, line):
@@ -139,6 +143,7 @@ def test_row_62_zarr_json_is_damaged(file, damage, stored, line):
     assert stored.differing() == []
 
 
+@pytest.mark.fault(62)
 @pytest.mark.parametrize("content", ["[]", "{}", '{"attributes": []}', '{"attributes": {"status": "complete"}}', "\0"])
 def test_row_62_zarr_json_is_of_something_else(content, stored, line):
     (stored.group / "zarr.json").write_text(content)
@@ -154,6 +159,7 @@ def set_attribute(path: Path, **values: object) -> None:
     path.write_text(json.dumps(about))
 
 
+@pytest.mark.fault(63, "killed before the last attributes", "not whole; finished by the next run")
 def test_row_63_killed_before_the_last_attributes(stored, line):
     set_attribute(stored.group / "zarr.json", status="writing")
     with pytest.raises(BrokenBag, match="is not finished"):
@@ -165,6 +171,7 @@ def test_row_63_killed_before_the_last_attributes(stored, line):
     assert x.stat().st_mtime_ns == written, "all that was missing was the word"
 
 
+@pytest.mark.fault(63)
 def test_row_63_killed_before_the_last_attributes_of_the_features(stored, line):
     set_attribute(stored.group / "zarr.json", status="writing")
     set_attribute(stored.group / "features/lab_lbp/zarr.json", status="writing")
@@ -174,6 +181,7 @@ def test_row_63_killed_before_the_last_attributes_of_the_features(stored, line):
     assert stored.differing() == []
 
 
+@pytest.mark.fault(63)
 def test_row_63_killed_between_validity_and_features(stored, line):
     set_attribute(stored.group / "zarr.json", status="writing")
     set_attribute(stored.group / "features/lab_lbp/zarr.json", status="writing")
@@ -184,6 +192,7 @@ def test_row_63_killed_between_validity_and_features(stored, line):
     assert stored.differing() == []
 
 
+@pytest.mark.fault(62)
 def test_row_62_run_json_is_cut(stored, line):
     cut(line.out / "run.json")
     assert line({stored.name: stored.path})[stored.name].status == "done"
@@ -225,6 +234,7 @@ def other(tmp_path, neighbour):
         holder.kill()
 
 
+@pytest.mark.fault(57)
 def test_row_57_redo_beside_another_run_is_refused(other, neighbour, cli):
     """It would delete what the other is about to finish."""
     out, holder = other
@@ -236,6 +246,7 @@ def test_row_57_redo_beside_another_run_is_refused(other, neighbour, cli):
     assert not (out / "slides.csv").exists()
 
 
+@pytest.mark.fault(58, "lock of a dead run", "taken over")
 def test_row_58_slides_of_a_dead_run_are_taken_over(other, neighbour, slidestream):
     out, holder = other
     holder.kill()
@@ -246,6 +257,7 @@ def test_row_58_slides_of_a_dead_run_are_taken_over(other, neighbour, slidestrea
     assert [path for path in (out / FOLDER).rglob("*") if path.is_file() and path.name != GUARD] == []
 
 
+@pytest.mark.fault(60)
 def test_row_60_read_only_folder(open_folder, neighbour, as_nobody, cli):
     (open_folder / "slides").mkdir()
     shutil.copyfile(neighbour[0], open_folder / "slides/a.svs")
@@ -259,6 +271,7 @@ def test_row_60_read_only_folder(open_folder, neighbour, as_nobody, cli):
     assert list(out.iterdir()) == []
 
 
+@pytest.mark.fault(60)
 def test_row_60_folder_cannot_be_made(open_folder, neighbour, as_nobody, cli):
     (open_folder / "closed").mkdir(mode=0o755)
     out = open_folder / "closed/out"
@@ -270,6 +283,7 @@ def test_row_60_folder_cannot_be_made(open_folder, neighbour, as_nobody, cli):
     assert not out.exists()
 
 
+@pytest.mark.fault(60)
 @pytest.mark.parametrize("place", ["file", "file/below"])
 def test_row_60_a_file_in_place_of_the_folder(place, tmp_path, neighbour, cli):
     (tmp_path / "file").write_text("precious")
@@ -280,6 +294,7 @@ def test_row_60_a_file_in_place_of_the_folder(place, tmp_path, neighbour, cli):
     assert (tmp_path / "file").read_text() == "precious"
 
 
+@pytest.mark.fault(60)
 def test_row_60_read_only_folder_of_a_finished_run(open_folder, neighbour, as_nobody, cli, line):
     """The lock of an earlier run by another user: told as what it is."""
     shutil.copyfile(neighbour[0], open_folder / "a.svs")

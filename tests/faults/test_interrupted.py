@@ -25,6 +25,7 @@ def being_started(run) -> bool:
         return False
 
 
+@pytest.mark.fault(54, "SIGKILL, five times", "the same command resumes, same bytes")
 def test_row_54_killed_five_times(start, whole, finish):
     """Each time it gets at least one chunk further, is killed, and its workers go with it."""
     for _ in range(5):
@@ -37,6 +38,7 @@ def test_row_54_killed_five_times(start, whole, finish):
     finish()
 
 
+@pytest.mark.fault(55, "SIGTERM", "130, the same command resumes")
 def test_row_55_sigterm(start, whole, finish):
     run = start(0.2)
     run.until(lambda: run.chunks() > 0, "first chunk")
@@ -50,6 +52,7 @@ def test_row_55_sigterm(start, whole, finish):
     finish()
 
 
+@pytest.mark.fault(56, "Ctrl-C once, twice, before there are workers", "130, the same command resumes")
 def test_row_56_control_c_once(start, whole, finish):
     run = start(0.2)
     run.until(lambda: run.chunks() > 0, "first chunk")
@@ -62,6 +65,7 @@ def test_row_56_control_c_once(start, whole, finish):
     finish()
 
 
+@pytest.mark.fault(56)
 def test_row_56_control_c_twice(start, whole, finish):
     run = start(30.0)  # a batch that nobody wants to wait for
     run.until(lambda: (run.out / "slides/a.svs.zarr/features").exists(), "beginning of a slide")
@@ -75,6 +79,7 @@ def test_row_56_control_c_twice(start, whole, finish):
     finish()
 
 
+@pytest.mark.fault(56)
 def test_row_56_control_c_before_the_workers_are_there(start, whole, finish):
     run = start()
     run.until(lambda: being_started(run), "worker that is being started")
@@ -85,6 +90,7 @@ def test_row_56_control_c_before_the_workers_are_there(start, whole, finish):
     finish()
 
 
+@pytest.mark.fault(57, "two runs in one output folder", "D: both work, each slide once; `--redo` P")
 def test_row_57_two_runs_in_one_folder(start, whole, line, folder, kit):
     """Both work; each slide is encoded once, in one of them; both tell of all."""
     names = [*whole, *(f"{letter}.svs" for letter in "cdefgh")]
@@ -108,6 +114,7 @@ def test_row_57_two_runs_in_one_folder(start, whole, line, folder, kit):
     assert [p for p in (runs[0].out / FOLDER).rglob("*") if p.is_file() and p.name != GUARD] == []
 
 
+@pytest.mark.fault(57)
 def test_row_57_the_other_run_dies_and_its_slides_are_taken_over(start, whole, line):
     first = start(0.3)
     first.until(lambda: first.chunks() > 0, "first chunk")

@@ -32,6 +32,13 @@ ODD_NAMES = {
     "row_42_of_255_bytes_unicode": "é" * 125 + "x.svs",
     "row_42_of_255_bytes_not_utf8": os.fsdecode(b"\xe9" * 251 + b".svs"),
 }
+FAULT = {
+    38: ("names with spaces, unicode, quotes, #, [x]*", "D"),
+    39: ("a newline in a name", "D, the csv quotes it"),
+    40: ("a::b.svs", "D"),
+    41: ("a name that is not UTF-8", "D"),
+    42: ("a name of 255 bytes", "D, its folder is named by a hash"),
+}
 
 
 @pytest.fixture
@@ -45,7 +52,14 @@ def put(slide: Path, *places: Path) -> None:
         shutil.copyfile(slide, place)
 
 
-@pytest.mark.parametrize("name", ODD_NAMES.values(), ids=ODD_NAMES)
+def marked(names: dict[str, str]) -> list:
+    rows = {key: int(key.split("_")[1]) for key in names}
+    return [
+        pytest.param(name, id=key, marks=pytest.mark.fault(rows[key], *FAULT[rows[key]])) for key, name in names.items()
+    ]
+
+
+@pytest.mark.parametrize("name", marked(ODD_NAMES))
 def test_odd_name(name, slide, folder, line, neighbour):
     put(slide, folder / name)
     assert list(find_slides(folder).files) == [name]
@@ -57,6 +71,11 @@ def test_odd_name(name, slide, folder, line, neighbour):
     assert line.folder(folder)[name].seconds is None, "the second run finds it finished"
 
 
+@pytest.mark.fault(38)
+@pytest.mark.fault(39)
+@pytest.mark.fault(40)
+@pytest.mark.fault(41)
+@pytest.mark.fault(42)
 def test_odd_names_do_not_meet(slide, folder, line):
     put(slide, *(folder / name for name in ODD_NAMES.values()))
     names = {os.path.join("deep é", name) for name in ODD_NAMES.values()}
@@ -68,11 +87,13 @@ def test_odd_names_do_not_meet(slide, folder, line):
     assert {row.slide for row in read_outcomes(line.out / "slides.csv")} == rows.keys()
 
 
+@pytest.mark.fault(38)
 def test_row_38_a_name_that_is_a_pattern_is_a_name(slide, folder):
     put(slide, folder / "[x]*.svs", folder / "x1.svs")
     assert list(find_slides(folder / "[x]*.svs").files) == ["[x]*.svs"]
 
 
+@pytest.mark.fault(43, "the same name in two folders", "D twice")
 def test_row_43_same_name_in_two_folders(slide, kit, folder, line, neighbour):
     put(slide, folder / "one/a.svs")
     put(kit.good, folder / "two/a.svs")
@@ -82,11 +103,13 @@ def test_row_43_same_name_in_two_folders(slide, kit, folder, line, neighbour):
     assert line.x("two/a.svs") != neighbour[1]
 
 
+@pytest.mark.fault(43)
 def test_row_43_a_slide_in_a_folder_with_the_name_of_another(slide, folder, line):
     put(slide, folder / "a.svs", folder / "a/b.svs", folder / "a.svs.zarr.svs")
     assert {row.status for row in line.folder(folder).values()} == {"done"}
 
 
+@pytest.mark.fault(44, "dangling link, loop of links", "F")
 def test_row_44_dangling_and_looping_links(slide, folder, line):
     put(slide, folder / "good.svs")
     (folder / "dangling.svs").symlink_to(folder / "nothing.svs")
@@ -102,6 +125,7 @@ def test_row_44_dangling_and_looping_links(slide, folder, line):
     assert "loop of links" in rows["loop.svs"].message
 
 
+@pytest.mark.fault(45, "link to the parent", "no slide twice")
 @pytest.mark.parametrize("pattern", ["", "**/*.svs"], ids=["folder", "glob"])
 def test_row_45_link_to_the_parent(pattern, slide, folder):
     put(slide, folder / "a.svs", folder / "deep/b.svs")
@@ -110,6 +134,7 @@ def test_row_45_link_to_the_parent(pattern, slide, folder):
     assert (sorted(found.files), found.root) == (["a.svs", "deep/b.svs"], folder)
 
 
+@pytest.mark.fault(45)
 @pytest.mark.parametrize("pattern", ["", "**/*.svs"], ids=["folder", "glob"])
 def test_row_45_overlapping_loops_of_links(pattern, slide, folder):
     put(slide, folder / "one/a.svs", folder / "two/b.svs")
@@ -123,6 +148,7 @@ def test_row_45_overlapping_loops_of_links(pattern, slide, folder):
     ]
 
 
+@pytest.mark.fault(45)
 def test_row_45_a_link_into_another_disk_is_followed(slide, folder, tmp_path):
     put(slide, tmp_path / "elsewhere/a.svs")
     (folder / "linked").symlink_to(tmp_path / "elsewhere")
@@ -130,6 +156,7 @@ def test_row_45_a_link_into_another_disk_is_followed(slide, folder, tmp_path):
     assert sorted(find_slides(folder).files) == ["b.svs", "linked/a.svs"]
 
 
+@pytest.mark.fault(46, "FIFO", "not listed; F where named")
 def test_row_46_fifo(slide, folder, line):
     put(slide, folder / "good.svs")
     os.mkfifo(folder / "pipe.svs")
@@ -141,6 +168,7 @@ def test_row_46_fifo(slide, folder, line):
     assert "not a regular file" in row.message
 
 
+@pytest.mark.fault(47, "folder named a.svs", "not listed; F where named")
 def test_row_47_folder_named_as_a_slide(slide, folder, line):
     put(slide, folder / "good.svs")
     (folder / "a.svs").mkdir()
@@ -150,6 +178,7 @@ def test_row_47_folder_named_as_a_slide(slide, folder, line):
     assert (row.status, row.message) == ("failed", "it is a directory")
 
 
+@pytest.mark.fault(48, "no permission", "F; P for the folder of all slides")
 def test_row_48_slide_that_may_not_be_read(slide, open_folder, as_nobody, line):
     put(slide, open_folder / "slides/closed.svs", open_folder / "slides/good.svs")
     (open_folder / "slides/closed.svs").chmod(0)
@@ -163,6 +192,7 @@ def test_row_48_slide_that_may_not_be_read(slide, open_folder, as_nobody, line):
     assert "no permission" in rows["closed.svs"].message
 
 
+@pytest.mark.fault(48)
 def test_row_48_folder_that_may_not_be_listed(slide, open_folder, as_nobody):
     put(slide, open_folder / "slides/a.svs")
     (open_folder / "slides").chmod(0)
@@ -170,6 +200,7 @@ def test_row_48_folder_that_may_not_be_listed(slide, open_folder, as_nobody):
         find_slides(open_folder / "slides")
 
 
+@pytest.mark.fault(48)
 def test_row_48_folder_inside_that_may_not_be_listed(slide, open_folder, as_nobody):
     """Its slides are not left out quietly, and it is no reason to refuse the others: disks have a lost+found."""
     put(slide, open_folder / "slides/good.svs", open_folder / "slides/closed/a.svs")
@@ -182,6 +213,7 @@ def test_row_48_folder_inside_that_may_not_be_listed(slide, open_folder, as_nobo
     ]
 
 
+@pytest.mark.fault(51, "slide removed", "F")
 def test_row_51_slide_removed_after_it_was_listed(slide, folder, line, neighbour):
     put(slide, folder / "gone.svs", folder / "good.svs")
     files = find_slides(folder).files

@@ -1,4 +1,4 @@
-"""Rows 72-76 of the fault matrix: worker processes that are killed, crash, leak, hang or go; their scheduler too."""
+"""Rows 72-76 of the fault matrix: processes that are killed, crash, leak, hang or are gone."""
 
 import json
 import os
@@ -80,6 +80,7 @@ def bad(kit, folder, code, neighbour, start) -> Callable[..., tuple[dict[str, Ou
     return run
 
 
+@pytest.mark.fault(72, "worker killed once", "D, same bytes")
 def test_row_72_worker_killed_once(start, whole, line, finish):
     run = start(0.02)
     run.until(lambda: run.chunks() > 0, "first chunk")
@@ -91,6 +92,7 @@ def test_row_72_worker_killed_once(start, whole, line, finish):
     assert {name: real.x(name) for name in whole} == whole
 
 
+@pytest.mark.fault(73, "slide that crashes the process, or hangs", "F after a try alone; the others are done")
 def test_row_73_slides_that_crash_the_process_while_they_are_prepared(bad):
     rows, _ = bad("segfault1.svs", "segfault2.svs")
     for name in ("segfault1.svs", "segfault2.svs"):
@@ -108,8 +110,9 @@ def red(kit, folder, code) -> Path:
     return folder / "red.svs"
 
 
+@pytest.mark.fault(73)
 @pytest.mark.parametrize(("does", "words"), [("segfault", "died twice"), ("hang", "longer than 10 s, twice")])
-def test_rows_73_and_74_slide_that_ends_or_holds_the_encoder(does, words, red, neighbour, folder, start, line):
+def test_row_73_slide_that_ends_or_holds_the_encoder(does, words, red, neighbour, folder, start, line):
     shutil.copyfile(neighbour[0], folder / "neighbour.svs")
     run = start(0.0, "--encoder=bad_encoder:build", "--tile-px=64", DOES=does, SLIDESTREAM_PATIENCE="10")
     run.until(run.workers, "worker")
@@ -122,6 +125,7 @@ def test_rows_73_and_74_slide_that_ends_or_holds_the_encoder(does, words, red, n
     assert type(line)(run.out, line.root).x("neighbour.svs") == neighbour[1]
 
 
+@pytest.mark.fault(74, "slide that takes all memory", "F, memory")
 def test_row_74_slide_that_leaks_memory(bad):
     """Its worker ends at its share of the memory, not the machine at all of it."""
     rows, _ = bad("leak.svs", limits={resource.RLIMIT_RSS: 2 << 30})
@@ -129,8 +133,9 @@ def test_row_74_slide_that_leaks_memory(bad):
     assert "more memory than a worker has" in rows["leak.svs"].message
 
 
+@pytest.mark.fault(73)
 @pytest.mark.parametrize("name", ["hang.svs", "stuck.svs"])
-def test_slide_that_hangs(name, bad):
+def test_row_73_slide_that_hangs(name, bad):
     rows, _ = bad(name, SLIDESTREAM_PATIENCE="10")
     assert rows[name].stage == "prepare"
     assert "it took longer than 10 s, twice" in rows[name].message
@@ -179,6 +184,7 @@ def cluster(tmp_path, code):
     made.close()
 
 
+@pytest.mark.fault(72)
 def test_row_72_worker_of_a_named_scheduler_is_killed(cluster, start, whole, line):
     """Nobody starts it again: what it had goes to the other one."""
     first, _ = cluster.worker("0"), cluster.worker("1")
@@ -191,6 +197,7 @@ def test_row_72_worker_of_a_named_scheduler_is_killed(cluster, start, whole, lin
     assert {name: real.x(name) for name in whole} == whole
 
 
+@pytest.mark.fault(75, "all workers gone", "X in less than five minutes")
 def test_row_75_all_workers_are_gone(cluster, start, whole, finish):
     worker = cluster.worker("0")
     run = start(0.0, f"--scheduler={cluster.address}", SLIDESTREAM_PATIENCE="10")
@@ -203,6 +210,7 @@ def test_row_75_all_workers_are_gone(cluster, start, whole, finish):
     finish()
 
 
+@pytest.mark.fault(76, "scheduler killed", "X, in one line")
 def test_row_76_scheduler_is_killed(cluster, start, whole, finish):
     cluster.worker("0")
     run = start(0.0, f"--scheduler={cluster.address}")

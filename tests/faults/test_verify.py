@@ -143,6 +143,7 @@ def spread(names: list[str]) -> list[tuple[str, str]]:
     return [(f"{1 + number % 8:03}.svs", name) for number, name in enumerate(names)]
 
 
+@pytest.mark.fault(61)
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_row_61_a_chunk_is_damaged(damage, made):
     where = spread(list(ARRAYS))
@@ -159,6 +160,7 @@ def test_row_61_a_chunk_is_damaged(damage, made):
     assert made.faults() == []
 
 
+@pytest.mark.fault(61)
 def test_row_61_what_the_size_shows_needs_no_redo_and_the_rest_does(made):
     delete(made.group / "features/lab_lbp/x/c/0/0")
     assert [command.split()[-1] for command in made.verify().commands] == ["lab_lbp"]
@@ -168,6 +170,7 @@ def test_row_61_what_the_size_shows_needs_no_redo_and_the_rest_does(made):
     assert again == f"slidestream predict {made.out} --model {MODEL}", "predictions go with the tiles"
 
 
+@pytest.mark.fault(61)
 @pytest.mark.parametrize("length", range(5))
 def test_row_61_a_chunk_shorter_than_a_checksum(length, made):
     chunk = made.group / "tiles/grid/c/0/0"
@@ -178,6 +181,7 @@ def test_row_61_a_chunk_shorter_than_a_checksum(length, made):
 DOCUMENTS = ["", "tissue/", "tiles/", "features/", "predictions/", "features/lab_lbp/", f"predictions/{MODEL}/"]
 
 
+@pytest.mark.fault(62)
 @pytest.mark.parametrize("damage", [cut, delete])
 @pytest.mark.parametrize("documents", [DOCUMENTS, [f"{array}/" for array in ARRAYS]])
 def test_row_62_a_zarr_json_is_damaged(documents, damage, made):
@@ -198,6 +202,7 @@ CONTENTS = ["[]", "{}", '{"attributes": []}', '{"attributes": {"status": "comple
 OWN = ["slide", "scale", "reader", "recipe", "hashes", "versions", "counts"]
 
 
+@pytest.mark.fault(62)
 def test_row_62_a_zarr_json_is_of_something_else(made):
     for slide, content in spread(CONTENTS):
         (made.out / "slides" / f"{slide}.zarr/zarr.json").write_text(content)
@@ -207,6 +212,7 @@ def test_row_62_a_zarr_json_is_of_something_else(made):
     assert made.faults() == []
 
 
+@pytest.mark.fault(62)
 def test_row_62_an_attribute_is_gone(made):
     for slide, name in spread(OWN):
         path = made.out / "slides" / f"{slide}.zarr/zarr.json"
@@ -219,6 +225,7 @@ def test_row_62_an_attribute_is_gone(made):
     assert made.faults() == []
 
 
+@pytest.mark.fault(63)
 def test_row_63_killed_before_the_last_attributes(made):
     set_attributes(made.group / "zarr.json", status="writing")
     set_attributes(made.group / "features/lab_lbp/zarr.json", status="writing")
@@ -233,6 +240,7 @@ def test_row_63_killed_before_the_last_attributes(made):
     assert not left.exists()
 
 
+@pytest.mark.fault(63)
 def test_row_63_features_of_a_second_encoder_that_are_not_finished(made):
     set_attributes(made.group / "features/lab_lbp/zarr.json", status="writing")
     found = made.verify()
@@ -241,6 +249,7 @@ def test_row_63_features_of_a_second_encoder_that_are_not_finished(made):
     assert made.faults() == []
 
 
+@pytest.mark.fault(63)
 def test_row_63_a_prediction_that_is_not_finished(made):
     set_attributes(made.group / f"predictions/{MODEL}/zarr.json", status="writing")
     found = made.verify()
@@ -249,6 +258,7 @@ def test_row_63_a_prediction_that_is_not_finished(made):
     assert made.faults() == []
 
 
+@pytest.mark.fault(64)
 def test_row_64_features_that_are_all_zero_are_whole(made):
     rewrite(made.group, "features/lab_lbp/x", lambda x: x.fill(0))
     assert made.faults() == []

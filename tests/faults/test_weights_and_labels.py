@@ -53,6 +53,7 @@ def refused(neighbour, tmp_path):
     return call
 
 
+@pytest.mark.fault(67, "checkpoint with other keys, shapes, NaN", "P, with the keys")
 def test_row_67_wrong_prefix(state, tmp_path, refused):
     torch.save({f"strange.{name}": value for name, value in state.items()}, tmp_path / "w.pt")
     words = refused(tmp_path / "w.pt")
@@ -60,21 +61,25 @@ def test_row_67_wrong_prefix(state, tmp_path, refused):
     assert "unexpected: strange.conv1.0.weight" in words
 
 
+@pytest.mark.fault(67)
 def test_row_67_wrong_shape(state, tmp_path, refused):
     torch.save(state | {"conv1.0.weight": torch.zeros(3, 3)}, tmp_path / "w.pt")
     assert "other shape: conv1.0.weight (3, 3) instead of" in refused(tmp_path / "w.pt")
 
 
+@pytest.mark.fault(67)
 def test_row_67_wrapped_in_something_unknown(state, tmp_path, refused):
     torch.save({"student_net": dict(state), "epoch": 3}, tmp_path / "w.pt")
     assert "student_net" in refused(tmp_path / "w.pt")
 
 
+@pytest.mark.fault(67)
 def test_row_67_nan(state, tmp_path, refused):
     torch.save(state | {"conv1.1.bias": torch.full_like(state["conv1.1.bias"], np.nan)}, tmp_path / "w.pt")
     assert "NaN or infinite: conv1.1.bias" in refused(tmp_path / "w.pt")
 
 
+@pytest.mark.fault(68, "checkpoint cut, HTML, git-lfs pointer", "P, with the cause")
 @pytest.mark.parametrize("kind", ["pt", "safetensors"])
 @pytest.mark.parametrize("share", [0.01, 0.5, 0.99])
 def test_row_68_cut_checkpoint(share, kind, state, tmp_path, refused):
@@ -88,6 +93,7 @@ def test_row_68_cut_checkpoint(share, kind, state, tmp_path, refused):
     assert "cut or damaged" in words
 
 
+@pytest.mark.fault(68)
 @pytest.mark.parametrize(
     ("content", "words"),
     [
@@ -103,6 +109,7 @@ def test_row_68_not_a_checkpoint(content, words, tmp_path, refused):
     assert words in refused(tmp_path / "w.safetensors")
 
 
+@pytest.mark.fault(68)
 def test_row_68_no_such_checkpoint(tmp_path, refused):
     assert f"there is no file {tmp_path / 'w.pt'}" in refused(tmp_path / "w.pt")
 
@@ -119,6 +126,7 @@ def plain_pickle(value: object, path) -> None:
     path.write_bytes(pickle.dumps(value))
 
 
+@pytest.mark.fault(69, "pickle that would run a program", "P, not run")
 @pytest.mark.parametrize("save", [torch.save, plain_pickle])
 def test_row_69_evil_pickle_is_not_run(save, tmp_path, refused):
     marker, path = tmp_path / "was here", tmp_path / "w.pt"
@@ -129,12 +137,16 @@ def test_row_69_evil_pickle_is_not_run(save, tmp_path, refused):
     assert marker.exists(), "it would have run"
 
 
+@pytest.mark.fault(69)
 def test_row_69_the_refusal_says_what_is_in_it(tmp_path, refused):
     torch.save({"state_dict": Evil(tmp_path / "was here")}, tmp_path / "w.pt")
     assert "was refused and not run: besides tensors it holds" in refused(tmp_path / "w.pt")
 
 
-def test_rows_67_to_69_on_the_command_line(tmp_path, neighbour, cli):
+@pytest.mark.fault(67)
+@pytest.mark.fault(68)
+@pytest.mark.fault(69)
+def test_row_67_on_the_command_line(tmp_path, neighbour, cli):
     (tmp_path / "w.pt").write_bytes(b"<html>")
     result = cli("run", neighbour[0], "-o", tmp_path / "out", "-e", ENCODER, "--weights", tmp_path / "w.pt")
     assert result.code == 1
@@ -147,6 +159,7 @@ def test_rows_67_to_69_on_the_command_line(tmp_path, neighbour, cli):
 KINDS = (SlideError, UnreadableSlide, MissingMpp, TooCoarse, CorruptTiles, BrokenBag)
 
 
+@pytest.mark.fault(77, "SlideError pickled", "equal, with its cause")
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("protocol", range(2, pickle.HIGHEST_PROTOCOL + 1))
 def test_row_77_slide_error_is_pickled(kind, protocol):
@@ -157,10 +170,12 @@ def test_row_77_slide_error_is_pickled(kind, protocol):
     assert str(copy) == str(error)
 
 
+@pytest.mark.fault(77)
 def test_row_77_every_kind_is_looked_at():
     assert set(KINDS) == {SlideError, *SlideError.__subclasses__()}
 
 
+@pytest.mark.fault(77)
 def test_row_77_through_a_process_pool(tmp_path):
     """It arrives as what it is, and names what it came from; the pool lives on."""
     missing = tmp_path / "a.svs"
@@ -177,6 +192,7 @@ def test_row_77_through_a_process_pool(tmp_path):
 TABLE = "slide,label\n" + "".join(f"00{i},{'tumour' if i % 2 else 'normal'}\n" for i in range(1, 9))
 
 
+@pytest.mark.fault(78, "labels: BOM, CRLF, ;, UTF-16, no table", "read, or P")
 @pytest.mark.parametrize(
     "encode",
     [
@@ -206,6 +222,7 @@ def test_row_78_label_table_as_programs_write_it(encode, labels, cohort):
     assert known.column("label") == ["tumour", "normal"] * 4
 
 
+@pytest.mark.fault(78)
 @pytest.mark.parametrize(
     ("table", "words"),
     [
@@ -233,12 +250,14 @@ def test_row_78_label_table_that_cannot_be_read(table, words, labels, cohort, cl
     assert words in result.err
 
 
+@pytest.mark.fault(79, "labels: duplicates, missing, unknown", "P, or listed")
 def test_row_79_missing_label_table(cohort, cli, tmp_path):
     result = cli("train", cohort.out, "--labels", tmp_path / "none.csv")
     assert result.code == 1
     assert "No such file" in result.err
 
 
+@pytest.mark.fault(79)
 def test_row_79_contradicting_duplicates(labels, cohort, cli):
     path = labels(TABLE + "001.svs,normal\n")
     with pytest.raises(UsageError, match=r"two rows for 001\.svs that differ"):
@@ -251,17 +270,20 @@ def test_a_table_of_clam_calls_the_slide_by_another_name(labels, cohort):
     assert known.slides == [f"00{i}.svs" for i in range(1, 9)]
 
 
+@pytest.mark.fault(79)
 def test_row_79_the_same_row_twice_is_one_row(labels, cohort):
     known = read_labels(labels(TABLE + "001,tumour\n"), Store(cohort.store.root))
     assert len(known.slides) == 8
 
 
+@pytest.mark.fault(79)
 def test_row_79_the_same_slide_by_two_names_is_no_contradiction(labels, cohort):
     """`001` and `001.svs` with one label say the same."""
     known = read_labels(labels(TABLE + "001.svs,tumour\n"), Store(cohort.store.root))
     assert len(known.slides) == 8
 
 
+@pytest.mark.fault(79)
 def test_row_79_missing_and_unknown_and_empty_slides_are_listed(labels, cohort):
     rows = TABLE.splitlines()[:-1]  # 008 is left out
     known = read_labels(labels("\n".join([*rows, "999,tumour", "blank,normal"])), Store(cohort.store.root))
@@ -272,6 +294,7 @@ def test_row_79_missing_and_unknown_and_empty_slides_are_listed(labels, cohort):
     assert "1 labelled slides have no features (empty or unfinished): blank.svs." in words
 
 
+@pytest.mark.fault(79)
 def test_row_79_warnings_reach_the_terminal(labels, cohort, cli):
     path = labels(TABLE + "999,tumour\n")
     result = cli("train", cohort.out, "--labels", path, "--head", "mean", "--epochs", 2, "--name", "told")
@@ -279,6 +302,7 @@ def test_row_79_warnings_reach_the_terminal(labels, cohort, cli):
     assert "note: 1 rows name no slide of this store: 999." in result.out
 
 
+@pytest.mark.fault(79)
 def test_row_79_only_unknown_slides(labels, cohort, cli):
     result = cli("train", cohort.out, "--labels", labels("slide,label\n997,a\n998,b\n"))
     assert result.code == 1
@@ -306,6 +330,7 @@ def test_a_patient_on_both_sides_of_the_split(labels, cohort, cli):
     assert "P1" in result.err
 
 
+@pytest.mark.fault(80, "slides called 001, labels 00 and 01", "text, not numbers")
 def test_row_80_identities_and_labels_are_text(labels, cohort):
     rows = "slide,label\n" + "".join(f"00{i},0{i % 2}\n" for i in range(1, 9)) + "1,00\n"
     known = read_labels(labels(rows), Store(cohort.store.root))
@@ -314,6 +339,7 @@ def test_row_80_identities_and_labels_are_text(labels, cohort):
     assert "1 rows name no slide of this store: 1." in known.warnings[0], "1 is not 001"
 
 
+@pytest.mark.fault(80)
 def test_row_80_classes_of_the_model_are_the_text_of_the_table(labels, cohort):
     rows = "slide,label\n" + "".join(f"00{i},0{i % 2}\n" for i in range(1, 9))
     trained = train(cohort.out, labels(rows), head="mean", epochs=1, name="text")

@@ -2,12 +2,13 @@
 
 import os
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from pipeline.errors import UnreadableSlide
-from pipeline.fingerprint import BLOCK, BLOCKS, fingerprint, stamp
+from pipeline.fingerprint import BLOCK, BLOCKS, device, fingerprint, stamp
 
 WHOLE = BLOCK * BLOCKS
 
@@ -106,3 +107,12 @@ def test_stamp_changes_when_a_file_is_written_to_or_replaced(tmp_path):
     os.utime(other, ns=(5, 5))
     os.replace(other, path)  # same size and time, another file
     assert stamp(path) != written
+
+
+def test_the_device_of_what_is_gone_is_that_of_the_folder_it_was_in(tmp_path):
+    (tmp_path / "a.svs").touch()
+    before = device(tmp_path / "a.svs")
+    assert before == device(tmp_path) == os.stat(tmp_path).st_dev
+    (tmp_path / "a.svs").unlink()
+    assert device(tmp_path / "a.svs") == device(tmp_path / "deep/er/a.svs") == before
+    assert device(tmp_path / "a.svs") != device(Path("/proc/self")), "another one"
