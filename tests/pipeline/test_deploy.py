@@ -197,3 +197,75 @@ def test_slurm_without_a_word_on_what_a_job_has(slides, tmp_path):
     with pytest.raises(UsageError, match=r"DASK_JOBQUEUE__SLURM__CORES"):
         run(slides, tmp_path / "out", encoder="lab_lbp", tile_px=32, cluster="slurm")
     assert not (tmp_path / "out/run.json").exists()
+
+
+# --- two nodes -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def nodes():
+    """Two network namespaces that see each other and nothing else: (run in one of them, its address) for each."""
+    names = [f"slidestream-{os.getpid()}-{letter}" for letter in "ab"]
+    links, addresses = [f"ss{os.getpid() % 100000}{letter}" for letter in "ab"], ["10.77.0.1", "10.77.0.2"]
+    commands = [["netns", "add", name] for name in names]
+    commands += [["link", "add", links[0], "type", "veth", "peer", "name", links[1]]]
+    for name, link, address in zip(names, links, addresses, strict=True):
+        commands += [["link", "set", link, "netns", name]]
+        inside = [
+            ["addr", "add", f"{address}/24", "dev", link],
+            ["link", "set", link, "up"],
+            ["link", "set", "lo", "up"],
+        ]
+        commands += [["-n", name, *command] for command in inside]
+    try:
+        for command in commands:
+            made = subprocess.run(["ip", *command], capture_output=True, text=True) if shutil.which("ip") else None
+            if made is None or made.returncode:
+                pytest.skip(f"network namespaces cannot be made here: {made.stderr if made else 'no command ip'}")
+        yield [(["ip", "netns", "exec", name], address) for name, address in zip(names, addresses, strict=True)]
+    finally:
+        for name in names:
+            subprocess.run(["ip", "netns", "del", name], capture_output=True, check=False)
+
+
+@pytest.mark.slow
+def test_two_nodes_make_the_same_bytes(nodes, slides, tmp_path):
+    """The scheduler, a worker and the client on one, the worker that encodes on the other."""
+    recipe = {"encoder": "lab_lbp", "tile_px": 32, "levels": 2}
+    run(slides, tmp_path / "here", workers=1, **recipe)
+    (first, address), (second, other) = nodes
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    dask, scheduler = [sys.executable, "-m", "dask"], f"tcp://{address}:8786"
+    common = ["--nthreads", "1", "--no-dashboard", "--preload", "pipeline.worker", "--death-timeout", "60"]
+    commands = [
+        [*first, *dask, "scheduler", "--host", address, "--port", "8786", "--no-dashboard"],
+        [*first, *dask, "worker", scheduler, "--host", address, *common, "--local-directory", tmp_path / "w1"],
+        [*second, *dask, "worker", scheduler, "--host", other, "--resources", "ENCODER=1", *common],
+    ]
+    processes = [subprocess.Popen([str(word) for word in command], **quiet) for command in commands]
+    try:
+        flags = ["-e", "lab_lbp", "--tile-px", "32", "--levels", "2", "--scheduler", scheduler]
+        command = [
+            *first,
+            Path(sys.executable).with_name("slidestream"),
+            "run",
+            slides,
+            "-o",
+            tmp_path / "there",
+            *flags,
+        ]
+        wait_for(lambda: listens(first, address), "scheduler")
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    finally:
+        for process in reversed(processes):
+            process.terminate()
+            process.wait(60)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for slide in ("0.svs", "1.svs", "2.svs"):
+        mine, theirs = (BagStore(tmp_path / name).group(slide).features("lab_lbp").read() for name in ("here", "there"))
+        assert mine[0].tobytes() == theirs[0].tobytes()
+
+
+def listens(node: list[str], address: str) -> bool:
+    code = f"import socket; socket.create_connection(({address!r}, 8786), 1)"
+    return subprocess.run([*node, sys.executable, "-c", code], capture_output=True).returncode == 0
