@@ -28,25 +28,24 @@ else
   command=(slidestream)
 fi
 
-terminated=no child=
+signals=0 child=
 # shellcheck disable=SC2329  # the trap calls it
 stop() {
-  terminated=yes
+  signals=$((signals + 1))
   [ -z "$child" ] || kill -TERM "$child" 2> /dev/null || true
 }
 trap stop TERM
 
 "${command[@]}" run "$slides" -o "$out" "$@" &
 child=$!
-code=0
-wait "$child" || code=$?
-while kill -0 "$child" 2> /dev/null; do  # a signal ends `wait`, not what is waited for
-  code=0
+while true; do
+  before=$signals code=0
   wait "$child" || code=$?
+  [ "$signals" -ne "$before" ] || break  # a signal ends `wait`, and not at once what is waited for
 done
 
 # 130: stopped cleanly; 143: before it could answer. A pre-empted job is queued again by Slurm itself, hence `|| true`.
-if [ "$terminated" = yes ] && [[ $code = 130 || $code = 143 ]] && [ "${SLURM_RESTART_COUNT:-0}" -lt "$RESTARTS" ]; then
+if [ "$signals" -gt 0 ] && [[ $code = 130 || $code = 143 ]] && [ "${SLURM_RESTART_COUNT:-0}" -lt "$RESTARTS" ]; then
   job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}}
   scontrol requeue "${job:-$SLURM_JOB_ID}" || true
 fi
