@@ -1,4 +1,4 @@
-"""The files of docker/ and the page about them: linted, valid by the schemas, and of one mind with each other and the code.
+"""The files of docker/ and the page about them: linted, valid by schemas, of one mind with each other and the code.
 
 Every command in them is parsed by the command line it is meant for, so that no flag in them can go stale.
 """
@@ -57,7 +57,7 @@ ARGS = {rest.split("=")[0] for name, rest in instructions() if name == "ARG"}
 
 
 def parse(words: list[str]) -> dict[str, Any]:
-    """What `slidestream` would be called with. Fails on an unknown command or flag, and on a value of the wrong kind."""
+    """What `slidestream` would be called with. Raises on an unknown command or flag, or a value of the wrong kind."""
     group = typer.main.get_command(app)
     _, command, rest = group.resolve_command(group.make_context("slidestream", list(words)), list(words))
     return command.make_context(words[0], rest).params
@@ -519,7 +519,7 @@ def test_names_in_the_page_exist():
 
 @pytest.mark.slow
 def test_the_cluster_of_compose_runs(tmp_path):
-    """Its scheduler, a worker of each kind and its client as processes here: ports and folders are others, nothing else."""
+    """Its scheduler, a worker of each kind and its client as processes here: only ports and folders are others."""
     make_slides(tmp_path, 2, seed=0)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -536,10 +536,9 @@ def test_the_cluster_of_compose_runs(tmp_path):
         given = service["environment"] if isinstance(service["environment"], dict) else {}
         given = {key: expand(value) for key, value in given.items() if value is not None}
         environment = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"} | given
-        log = open(tmp_path / f"{name}.log", "wb")
-        process = subprocess.Popen(
-            [BIN / words[0], *words[1:]], env=environment, stdout=log, stderr=log, cwd=tmp_path, start_new_session=True
-        )
+        how: dict[str, Any] = {"env": environment, "cwd": tmp_path, "start_new_session": True}
+        with open(tmp_path / f"{name}.log", "wb") as log:
+            process = subprocess.Popen([BIN / words[0], *words[1:]], stdout=log, stderr=log, **how)
         processes.append(process)
         return process
 
