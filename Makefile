@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.stamp
 
-.PHONY: install demo test test-slow lint bench bench-full constraints clean
+.PHONY: install demo test test-slow image image-test lint bench bench-full constraints clean
 
 install: $(STAMP)
 
@@ -20,10 +20,17 @@ demo: install
 	$(BIN)/slidestream demo
 
 test: install
-	$(BIN)/pytest -q -n 2 -m "not slow"
+	$(BIN)/pytest -q -n 2 -m "not slow and not image"
 
 test-slow: install
-	$(BIN)/pytest -q -m slow
+	$(BIN)/pytest -q -m "slow and not image"
+
+image:
+	docker/build.sh
+
+# Builds the image on a base of its own and runs it: minutes and gigabytes, as root, with buildah and debootstrap.
+image-test: install
+	$(BIN)/pytest -q -s -m image tests/docker
 
 lint: install
 	$(BIN)/ruff check .

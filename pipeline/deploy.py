@@ -214,11 +214,13 @@ def _slurm(place: Place, slides: int, logs: Path) -> SpecCluster:
         )
     logs.mkdir(parents=True, exist_ok=True)
     known: dict[str, Any] = dask.config.get("jobqueue.slurm")
+    settings = {f"DASK_{key.upper().replace('-', '_').replace('.', '__')}": value for key, value in DASK.items()}
+    exports = [f"export {name}={value}" for name, value in {"SLIDESTREAM_THREADS": cores, **settings}.items()]
     threads = ["--nthreads", "1", "--resources", f"{ENCODER}=1", "--preload", "pipeline.worker", "--no-dashboard"]
     cluster = SLURMCluster(
         processes=1,
         worker_extra_args=[*known.get("worker-extra-args", []), *threads],
-        job_script_prologue=[*known.get("job-script-prologue", []), f"export SLIDESTREAM_THREADS={cores}"],
+        job_script_prologue=[*known.get("job-script-prologue", []), *exports],
         log_directory=known.get("log-directory") or str(logs),
         scheduler_options={"dashboard": False, "dashboard_address": "127.0.0.1:0"},
         silence_logs=logging.CRITICAL,
