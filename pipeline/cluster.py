@@ -234,10 +234,14 @@ class _Slot:
         return max(0, sum(tiles for _, tiles in self.given.values()) - self.ahead)
 
     @property
+    def most(self) -> float:
+        """Tiles that it can begin to encode within AHEAD_S."""
+        return min(AHEAD_TILES, AHEAD_S * self.speed)
+
+    @property
     def has_room(self) -> bool:
         """A slide beyond the one it works on, more where they are small: what is given no other encoder can take."""
-        most = min(AHEAD_TILES, AHEAD_S * self.speed)
-        return len(self.given) < 2 or (self.tiles < most and len(self.given) < AHEAD_SLIDES)
+        return len(self.given) < 2 or (self.tiles < self.most and len(self.given) < AHEAD_SLIDES)
 
     def give(self, file: SlideFile, tiles: int) -> None:
         if not self.given:
@@ -434,9 +438,9 @@ class _Pass:
 
     def _wants_more(self) -> bool:
         """A bounded number ahead of the encoders: what this run holds no other run can work on."""
-        tiles = sum(row.tiles or 0 for _, row in self._ready)
         slots = max(1, len(self._slots))
-        ahead = tiles < AHEAD_TILES * slots and len(self._ready) < AHEAD_SLIDES * slots
+        tiles, most = sum(row.tiles or 0 for _, row in self._ready), sum(slot.most for slot in self._slots)
+        ahead = len(self._ready) < slots or (tiles < most and len(self._ready) < AHEAD_SLIDES * slots)
         return ahead and len(self._preparing) < 2 * self._workers
 
     def _look(self) -> None:
