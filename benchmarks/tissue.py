@@ -4,7 +4,8 @@
 
 99 fields of 500 × 500 px at 0.55 µm/px (Sirinukunwattana et al., IEEE TMI 2016), each taken as a slide; 49 have no
 annotated epithelial nucleus. From the files to the table: `slidestream run` with lab_lbp, tiles of 64 px, three levels
-(one, two and four times 0.55 µm/px), `compare` on five folds. Heads of 30 million weights and more have fewer epochs.
+(one, two and four times 0.55 µm/px), `compare` on five folds, once for each group of heads. Those of 30 million weights
+and more have fewer epochs; scorenet reads the pixels.
 """
 
 import argparse
@@ -17,7 +18,7 @@ from pipeline import compare, run
 
 MPP = 0.55
 SMALL = ("mean", "max", "maxscore", "abmil", "clam_sb", "clam_mb", "dsmil", "dtfd", "transmil", "attention", "longmil")
-LARGE = ("iat", "hagmil")
+GROUPS = {"small": SMALL, "large": ("iat", "hagmil"), "regions": ("abmil", "longmil", "hatnet", "hvit", "scorenet")}
 
 
 def prepare(folder: Path, slides: Path) -> None:
@@ -40,7 +41,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "out" / "tissue")
-    parser.add_argument("--heads", nargs="+", default=[*SMALL, *LARGE])
+    parser.add_argument("--groups", nargs="+", choices=GROUPS, default=list(GROUPS))
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--epochs", type=int, default=30)
     parser.add_argument("--epochs-large", type=int, default=8)
@@ -50,14 +51,10 @@ def main() -> None:
     store = wanted.out / "store"
     settings = {"encoder": "lab_lbp", "mpp": MPP, "tile_px": 64, "levels": 3}
     run(wanted.out / "slides", store, mpp_csv=wanted.out / "mpp.csv", **settings)
-    for name, group, epochs in (("small", SMALL, wanted.epochs), ("large", LARGE, wanted.epochs_large)):
-        heads = [head for head in wanted.heads if head in group]
-        if len(heads) < 2:
-            continue
-        found = compare(
-            store, wanted.out / "labels.csv", heads=heads, name=name, epochs=epochs, lr=wanted.lr, seeds=wanted.seeds
-        )
-        print(*found.lines(), sep="\n", flush=True)
+    for name in wanted.groups:
+        epochs = wanted.epochs_large if name == "large" else wanted.epochs
+        how = {"name": name, "epochs": epochs, "lr": wanted.lr, "seeds": wanted.seeds}
+        print(*compare(store, wanted.out / "labels.csv", heads=GROUPS[name], **how).lines(), sep="\n", flush=True)
 
 
 if __name__ == "__main__":
