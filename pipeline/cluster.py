@@ -267,6 +267,7 @@ def work_through(client: Client, todo: list[SlideFile], job: Job, state: State) 
         # A worker's death makes suspects of all it held; tried again alone, only the culprit dies twice.
         for suspect in suspects:
             for culprit in _Pass(client, [suspect.file], job, state, disks).run():
+                disks.require(culprit.file.name)
                 error = UnreadableSlide(str(culprit.file.path), culprit.stage, _why(client, culprit, job))
                 state.add(failed(culprit.file.name, error))
         return False
