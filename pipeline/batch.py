@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from extractors import Encoder, EncoderError
 
-from .cluster import Job, require_encoder, work_through
+from .cluster import Job, patience, require_encoder, work_through
 from .config import Config, digest, make_config
 from .deploy import Place, interruptible, reached
 from .errors import BrokenBag, SlideError, UsageError, machine_door, slide_door
@@ -93,7 +93,7 @@ def _carry_out(
     **where: Any,
 ) -> Report:
     """`run`, or with a model its zoom into the slides whose features are not whole. `where`: the fields of Place."""
-    started, place = time.time(), Place(**where)
+    started, place, patient_s = time.time(), Place(**where), patience()
     folder = find_slides(slides, out)
     files, notes = _slide_files(folder, mpp_csv)
     check_out(out, folder, recipe, redo)
@@ -124,7 +124,7 @@ def _carry_out(
         try:
             if client is not None:
                 sizes = batch_sizes(out, recipe.encoder_key)
-                job = Job(out, recipe, leases.holder.run, sizes, model.folder if model is not None else None)
+                job = Job(out, recipe, leases.holder.run, sizes, model.folder if model is not None else None, patient_s)
                 state.interrupted = work_through(client, todo, job, state)
         finally:  # also of a run that has to stop: what it did stands in the table
             state.save()

@@ -43,7 +43,7 @@ from .stages import Recipe, SlideFile, encode, open_encoder, prepare
 from .worker import Watch, expect, importing, set_up_process
 
 AHEAD_SLIDES, AHEAD_TILES, AHEAD_S = 32, 4096, 5.0  # given to one encoder ahead of its work: the least of these
-PATIENCE_S = 600.0  # without a sign of life a slide is given up; SLIDESTREAM_PATIENCE says otherwise
+PATIENCE_S = 600.0  # without a sign of life a slide is given up, unless SLIDESTREAM_PATIENCE says otherwise
 SLOWEST = 1e6  # bytes of a slide that are read in a second, at least, beyond that
 WITHOUT_WORKERS = 0.4  # of that patience, until a run without workers stops
 LOOK_S = 1.0  # between two looks at who is there
@@ -72,7 +72,7 @@ class Job:
     run_id: str
     batch_sizes: dict[str, int] = field(default_factory=dict)
     model: Path | None = None
-    patience: float = field(default_factory=lambda: float(os.environ.get("SLIDESTREAM_PATIENCE", PATIENCE_S)))
+    patience: float = PATIENCE_S
 
     def seconds_to_prepare(self, file: SlideFile) -> float:
         """How long a slide may take: a file of one huge level is read whole for its thumbnail."""
@@ -80,6 +80,18 @@ class Job:
             return self.patience + os.stat(file.path).st_size / SLOWEST
         except OSError:
             return self.patience
+
+
+def patience() -> float:
+    """Seconds, of the environment where it says so. Raises UsageError."""
+    said = os.environ.get("SLIDESTREAM_PATIENCE", str(PATIENCE_S))
+    try:
+        seconds = float(said)
+    except ValueError:
+        seconds = 0.0
+    if not seconds > 0:
+        raise UsageError(f"SLIDESTREAM_PATIENCE={said}: it has to be a number of seconds")
+    return seconds
 
 
 # -- in the workers --

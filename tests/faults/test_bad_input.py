@@ -425,3 +425,11 @@ def test_settings_of_python_are_those_of_the_command_line(slide, tmp_path):
     with pytest.raises(UsageError, match="Did you mean 'encoder'"):
         run(slide, tmp_path / "out", encodr="lab_lbp")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("said", ["soon", "0", "-1", "nan"])
+def test_patience_that_is_no_time(said, slide, cli, tmp_path, monkeypatch):
+    monkeypatch.setenv("SLIDESTREAM_PATIENCE", said)
+    result = cli("run", slide, "-o", tmp_path / "out", "-e", "lab_lbp")
+    assert result.code == 1, result
+    assert f"SLIDESTREAM_PATIENCE={said}: it has to be a number of seconds" in result.err

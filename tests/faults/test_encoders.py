@@ -145,3 +145,14 @@ def test_row_71_cuda_where_there_is_none(neighbour, folder, line, cli):
     assert "device 'cuda' cannot be used here" in result.err
     assert "Traceback" not in result.err
     assert not (line.out / "pretrained").exists()
+
+
+@pytest.mark.fault(71)
+def test_row_71_a_gpu_by_number_where_there_is_none(neighbour, cli, tmp_path):
+    if pytest.importorskip("torch").cuda.is_available():
+        pytest.skip("there is a GPU here")
+    result = cli("run", neighbour[0], "-o", tmp_path / "out", "-e", "lab_lbp", "--tile-px", 64, "--devices", "0,1")
+    assert result.code == 1, result
+    assert "--devices 0,1: there is no GPU 0: torch finds none here" in result.err
+    assert "Traceback" not in result.err
+    assert not (tmp_path / "out").exists()
