@@ -374,9 +374,10 @@ class _Pass:
             self._workers = len(workers_of(self._client))
             for worker in encoders[: len(self._waiting)]:
                 self._start_slot(worker)
+            self._submit()
             while self._waiting or self._elsewhere or self._preparing or self._ready:
-                self._submit()
                 self._listen()
+                self._submit()
             while any(slot.given for slot in self._slots):
                 self._share()
                 if not any(slot.queue.qsize() for slot in self._slots):
@@ -384,10 +385,8 @@ class _Pass:
                 self._listen()
             for slot in self._slots:
                 slot.queue.put(None)  # no more will come: what has gathered is encoded at once
-            while any(slot.given for slot in self._slots):
+            while self._slots:  # until each has ended; one whose worker is gone never does, and is found by looking
                 self._listen()
-            for slot in self._slots:
-                _result(slot.task)
             return list(self._suspects.values())
         finally:
             if self._client.status == "running":
@@ -397,8 +396,6 @@ class _Pass:
 
     def _listen(self) -> None:
         """To what is in the inbox next; while nothing is, it is looked who is there and what other runs have left."""
-        if not (self._elsewhere or self._preparing or self._ready or any(slot.given for slot in self._slots)):
-            return
         try:
             # Not the same for all runs: two that want the same slide at the same moment both stand back.
             message = self._inbox.get(timeout=LOOK_S * random.uniform(0.5, 1.5))
@@ -454,7 +451,7 @@ class _Pass:
         slots = max(1, len(self._slots))
         tiles, most = sum(row.tiles or 0 for _, row in self._ready), sum(slot.most for slot in self._slots)
         ahead = len(self._ready) < slots or (tiles < most and len(self._ready) < AHEAD_SLIDES * slots)
-        return ahead and len(self._preparing) < 2 * self._workers
+        return ahead and len(self._preparing) < 2 * max(1, self._workers)
 
     def _look(self) -> None:
         """Raise RunStopped if nobody is there any more; a scheduler of others may wait for ever for one that died."""
@@ -469,6 +466,16 @@ class _Pass:
         for slot in [slot for slot in self._slots if there and slot.worker not in there]:
             slot.task.cancel()
             self._bury(slot)
+        self._welcome()
+
+    def _welcome(self) -> None:
+        """Workers that have come meanwhile encode, too: a job may wait for hours in its queue."""
+        self._workers = len(workers_of(self._client))
+        busy = {slot.worker for slot in self._slots}
+        new = [worker for worker in _encoders(self._client) if worker not in busy]
+        slides = len(self._waiting) + len(self._preparing) + len(self._ready)
+        for worker in new[: max(0, slides - len(self._slots))]:
+            self._start_slot(worker)
 
     def _answer(self, message: Any) -> None:
         if isinstance(message, dict):
@@ -511,6 +518,7 @@ class _Pass:
     def _bury(self, slot: _Slot) -> None:
         """An encoder has ended: its slides are suspects, and another worker takes its place."""
         self._slots.remove(slot)
+        slot.queue.close()
         quiet = time.monotonic() - slot.heard
         for file, _ in slot.given.values():
             self._suspects[file.name] = _Suspect(file, "encode", slot.worker, quiet)

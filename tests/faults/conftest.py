@@ -354,6 +354,9 @@ from extractors.lab_lbp import LabLbp, FACTS
 class Slow(LabLbp):
     def encode(self, tiles):
         time.sleep(float(os.environ.get("SECONDS_A_BATCH", "0")))
+        if "ENCODER_LOG" in os.environ:
+            with open(os.environ["ENCODER_LOG"], "a") as log:
+                log.write(f"{os.getpid()}\\n")
         return super().encode(tiles)
 
 def build(weights=None):
@@ -459,7 +462,8 @@ def start(folder: Path, code: Path, tmp_path: Path) -> Iterator[Callable[..., Ru
     ) -> Run:
         path = os.pathsep.join([str(code), os.environ.get("PYTHONPATH", "")])
         environment |= {"PYTHONPATH": path, "SECONDS_A_BATCH": str(seconds_a_batch)}
-        runs.append(Run(slides, out, environment, ["--workers=1", *map(str, flags)], limits or {}))
+        own = [] if any(str(flag).startswith("--scheduler") for flag in flags) else ["--workers=1"]
+        runs.append(Run(slides, out, environment, [*own, *map(str, flags)], limits or {}))
         return runs[-1]
 
     yield begin

@@ -197,6 +197,21 @@ def test_row_72_worker_of_a_named_scheduler_is_killed(cluster, start, whole, lin
     assert {name: real.x(name) for name in whole} == whole
 
 
+def test_a_worker_that_joins_later_encodes_too(cluster, start, whole, line, folder, kit, tmp_path):
+    for letter in "cdefgh":
+        shutil.copyfile(kit.good, folder / f"{letter}.svs")
+    cluster.environment["ENCODER_LOG"] = str(tmp_path / "encoders")
+    cluster.worker("0")
+    run = start(0.0, f"--scheduler={cluster.address}")
+    run.until(lambda: run.chunks() > 0, "first chunk")
+    late = cluster.worker("1")
+    code, text = run.ends()
+    assert (code, "Traceback" in text) == (0, False), text
+    assert str(late.pid) in (tmp_path / "encoders").read_text().split()
+    real = type(line)(run.out, line.root)
+    assert {real.x(name) for name in (*whole, "h.svs")} == set(whole.values())
+
+
 @pytest.mark.fault(75, "all workers gone", "X in less than five minutes")
 def test_row_75_all_workers_are_gone(cluster, start, whole, finish):
     worker = cluster.worker("0")
