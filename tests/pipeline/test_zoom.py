@@ -575,7 +575,7 @@ def test_predict_with_zoom_from_slides_to_the_table(folder, saved, tmp_path, mon
 
     (folder / "broken.svs").rename(tmp_path / "broken.svs")
     with monkeypatch.context() as patch:
-        patch.setattr(batch, "local_or_named", lambda *_: pytest.fail("a cluster was started"))
+        patch.setattr(batch, "reached", lambda *_: pytest.fail("a cluster was started"))
         assert predict(folder, saved, out, zoom=True).counts == {"done": 2}
     assert run(folder, out, **CONFIG, workers=1).counts == {"done": 2}
     with pytest.raises(UsageError, match=r"has the features of all 2 slides.*leave --zoom out"):
