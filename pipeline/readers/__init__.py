@@ -15,7 +15,7 @@ import numpy as np
 from ..errors import MACHINE_ERRNOS, UnreadableSlide, UsageError, nearest, slide_door
 from ..scale import resolve_scale
 from ..slide import Slide
-from .tiffcheck import structure_fault
+from .tiffcheck import structure
 
 # `auto` tries them in this order. OpenSlide first: it knows most formats and is strict about damaged tiles. A reader
 # may say that it is in doubt about a file; then it serves only where the others do not find the same levels.
@@ -79,14 +79,14 @@ def _reader(name: str):  # type: ignore[no-untyped-def]  # a module
 
 def _open_file(path: Path, requested: str) -> Slide:
     """The first reader that opens the file and vouches for its pixels; one that doubts them where no other will."""
-    kind, what = _examine(path)
+    kind, what, warnings = _examine(path)
     refusals: list[str] = []
     doubted: Slide | None = None
     for name in _in_order(kind) if requested == "auto" else (requested,):
         slide = _open_with(name, path, refusals)
         if slide is None:
             continue
-        slide.warnings = _name_warnings(path, kind)
+        slide.warnings = (*_name_warnings(path, kind), *warnings)
         if doubted and slide.levels != doubted.levels:
             slide.close()  # it knows less of this format than the one before
         elif slide.doubt:
@@ -102,8 +102,9 @@ def _open_file(path: Path, requested: str) -> Slide:
     raise UnreadableSlide(str(path), "open", f"no reader here supports it ({what}). {' | '.join(refusals)}")
 
 
-def _examine(path: Path) -> tuple[str, str]:
-    """The format of a file by its content, and the same in words; what is certainly no whole slide is refused."""
+def _examine(path: Path) -> tuple[str, str, tuple[str, ...]]:
+    """The format of a file by its content, that in words, and warnings; what is certainly no whole slide is refused."""
+    warnings: tuple[str, ...] = ()
     with _regular_file(path) as file:
         head = file.read(132)
         file.seek(0)
@@ -111,10 +112,11 @@ def _examine(path: Path) -> tuple[str, str]:
         _refuse_impostor(path, head)
         if kind == "TIFF":
             with slide_door(str(path), "open"):
-                fault = structure_fault(file)
-            if fault:
-                raise UnreadableSlide(str(path), "open", fault)
-    return kind, kind or _describe(head)
+                found = structure(file)
+            if found.fault:
+                raise UnreadableSlide(str(path), "open", found.fault)
+            warnings = (found.warning,) if found.warning else ()
+    return kind, kind or _describe(head), warnings
 
 
 def _open_with(name: str, path: Path, refusals: list[str]) -> Slide | None:

@@ -7,10 +7,12 @@ here from the file's structure, for the price of reading its directories; single
 import logging
 import os
 import struct
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import tifffile
+
+from .tiffbytes import Directory, claims_fault, directory_fault, read_directory, unpack, value_spans
 
 # What tifffile only logs about a damaged file is an error here, told once and with the slide's name.
 logging.getLogger("tifffile").setLevel(logging.CRITICAL)
@@ -20,49 +22,77 @@ JPEG_2000 = {33003, 33005, 34712}
 APERIO_YCBCR = 33003
 WEBP = {34927, 50001}
 DEFLATE = {8, 32946}
+OLD_JPEG = 6
 
 
-def structure_fault(file: BinaryIO) -> str:
-    """Why the file is not a whole TIFF file, or "": its directories, their tables, and where its pixel data end."""
+class Structure(NamedTuple):
+    """Why a file is not a whole TIFF file, and what is odd about it; "" if there is nothing to say."""
+
+    fault: str
+    warning: str = ""
+
+
+def structure(file: BinaryIO) -> Structure:
+    """Its directories, their tables, where its pixel data stand, and what of the file belongs to nothing."""
     size = os.fstat(file.fileno()).st_size
     with tifffile.TiffFile(file) as tif:
-        fault = _chain_fault(file, tif, size)
+        fault, directories = _chain(file, tif, size)
         if fault:
-            return fault
+            return Structure(fault)
+        offsets, counts = [], []
         for number, frame in enumerate(tif.pages):
             page = frame.aspage()
             below = page.pages if page.subifds and page.pages is not None else []  # OME-TIFF keeps its pyramid there
-            for part in (page, *below):
-                fault = _page_fault(part.aspage(), size)
+            for part in (page, *(sub.aspage() for sub in below)):
+                if part is not page:
+                    directories.append(read_directory(file, tif.tiff, part.offset))
+                fault = _entries_fault(tif, directories[-1], size) if part is not page else ""
+                fault = fault or _page_fault(part, size)
                 if fault:
-                    return f"{fault} (image {number} of the file)"
-    return ""
+                    return Structure(f"{fault} (image {number} of the file)")
+                offsets.append(np.asarray(part.dataoffsets, np.int64))
+                counts.append(np.asarray(part.databytecounts, np.int64))
+        if tif.tiff.is_ndpi or any(page.aspage().compression == OLD_JPEG for page in tif.pages):
+            return Structure("")  # data that no table names
+        return Structure(
+            *claims_fault(np.concatenate(offsets), np.concatenate(counts), _others(tif, directories), size)
+        )
 
 
-def _chain_fault(file: BinaryIO, tif: tifffile.TiffFile, size: int) -> str:
+def _chain(file: BinaryIO, tif: tifffile.TiffFile, size: int) -> tuple[str, list[Directory]]:
     """Walk the directories to the closing 0; tifffile itself only logs a chain that leads nowhere."""
-    form = tif.tiff
+    form, found = tif.tiff, []
     file.seek(8 if form.version == 43 else 4)
     seen: set[int] = set()
-    offset = _unpack(form.offsetformat, file.read(form.offsetsize))
+    offset = unpack(form.offsetformat, file.read(form.offsetsize))
     if offset == 0:
-        return "the file has no image directory"
+        return "the file has no image directory", []
     while offset:
         if offset in seen:
-            return "its chain of image directories runs in a circle"
+            return "its chain of image directories runs in a circle", []
         seen.add(offset)
-        file.seek(offset)
-        entries = _unpack(form.tagnoformat, file.read(form.tagnosize))
-        file.seek(offset + form.tagnosize + max(entries, 0) * form.tagsize)
-        following = _unpack(form.offsetformat, file.read(form.offsetsize))
-        if offset >= size or entries < 1 or following < 0:
-            return f"truncated: an image directory should stand at byte {offset:,} of {size:,}"
-        offset = following
-    return ""
+        directory = read_directory(file, form, offset) if 0 < offset < size else None
+        if directory is None or len(directory.entries) == 0 or directory.following < 0:
+            return f"truncated: an image directory should stand at byte {offset:,} of {size:,}", []
+        fault = _entries_fault(tif, directory, size)
+        if fault:
+            return f"{fault} (image {len(found)} of the file)", []
+        found.append(directory)
+        offset = directory.following
+    return "", found
 
 
-def _unpack(form: str, data: bytes) -> int:
-    return struct.unpack(form, data)[0] if len(data) == struct.calcsize(form) else -1
+def _entries_fault(tif: tifffile.TiffFile, directory: Directory, size: int) -> str:
+    return "" if tif.tiff.is_ndpi else directory_fault(directory, size)  # NDPI keeps half of its numbers elsewhere
+
+
+def _others(tif: tifffile.TiffFile, directories: list[Directory]) -> np.ndarray:
+    """(m, 2) int64: start and bytes of the header, of the directories and of their values."""
+    form = tif.tiff
+    fixed = form.tagnosize + form.offsetsize
+    heads = [(d.offset, fixed + len(d.entries) * form.tagsize) for d in directories]
+    header = (0, 16 if form.version == 43 else 8)
+    return np.concatenate([np.array([header, *heads], np.int64), *map(value_spans, directories)])
 
 
 def _page_fault(page: tifffile.TiffPage, size: int) -> str:
