@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import numpy as np
+import simplejpeg
 from PIL import Image
 
 from ..errors import UnreadableSlide
@@ -16,6 +17,10 @@ VERSION = f"pillow {Image.__version__}"
 
 
 def open(path: Path) -> Slide:
+    """Pillow decodes damaged pixels without complaint, so that PNG and JPEG files are checked before."""
+    with Image.open(path, formats=FORMATS) as image:
+        if image.format == "PNG":
+            image.verify()  # the checksum of every chunk
     with Image.open(path, formats=FORMATS) as image:
         width, height = image.size
         if width * height > MAX_PIXELS:
@@ -26,6 +31,8 @@ def open(path: Path) -> Slide:
             )
         if image.mode in ("I", "F", "I;16"):
             raise UnreadableSlide(str(path), "open", f"pixels of type {image.mode} are not supported")
+        if image.format == "JPEG":
+            simplejpeg.decode_jpeg(path.read_bytes(), "GRAY")  # makes an error of what libjpeg only warns of
         rgba = image.convert("RGBA")
     white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
     return ArraySlide(np.asarray(Image.alpha_composite(white, rgba).convert("RGB")), path)

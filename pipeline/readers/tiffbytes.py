@@ -11,8 +11,12 @@ import numpy as np
 import tifffile
 
 TYPE_BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8, 17: 8, 18: 8}
-PADDING = 4096  # bytes; what is shorter and belongs to nothing aligns what follows
-LOST, TOLD = 0.5, 0.002  # of the file, belonging to nothing
+MAX_ENTRIES = 1 << 16
+LAST = 1 << 16  # above all tags
+SHORT, PADDING = 16, 4096  # bytes that belong to nothing and align what follows, in a table of tiles, in a file
+# Tags that are one number, and those without which pixels would be taken for something else.
+SINGLE = {256, 257, 259, 262, 266, 274, 277, 278, 284, 317, 322, 323}
+CODING = {258, 259, 262, 277, 284, 317, 320, 338, 339, 347, 530}
 
 
 class Directory(NamedTuple):
@@ -31,7 +35,7 @@ def read_directory(file: BinaryIO, form: tifffile.TiffFormat, offset: int) -> Di
     kind = np.dtype([("code", "u2"), ("type", "u2"), ("count", wide), ("value", wide)]).newbyteorder(form.byteorder)
     file.seek(offset)
     number = max(unpack(form.tagnoformat, file.read(form.tagnosize)), 0)
-    data = file.read(number * form.tagsize)
+    data = file.read(number * form.tagsize) if number <= MAX_ENTRIES else b""
     following = unpack(form.offsetformat, file.read(form.offsetsize))
     return Directory(offset, np.frombuffer(data[: len(data) // kind.itemsize * kind.itemsize], kind), following)
 
@@ -52,45 +56,52 @@ def value_spans(directory: Directory) -> np.ndarray:
 
 
 def directory_fault(directory: Directory, size: int) -> str:
-    """What is wrong with the entries themselves: tags are passed over by readers where these are damaged."""
-    codes = directory.entries["code"].astype(int)
-    if np.any(value_spans(directory).sum(axis=1) > size):
+    """What is wrong with the entries themselves: readers pass over a tag that is damaged, and take its default."""
+    spans, codes = value_spans(directory), directory.entries["code"].astype(int)
+    if np.any((spans[:, 0] < 8) | (spans.sum(axis=1) > size)):
         return "truncated: a tag's value lies beyond the end of the file"
-    for code, kind in zip(codes.tolist(), directory.entries["type"].tolist(), strict=True):
+    for code, kind, count in zip(
+        codes.tolist(), *(directory.entries[n].tolist() for n in ("type", "count")), strict=True
+    ):
         if code in tifffile.TIFF.TAGS and kind not in TYPE_BYTES:
             return f"corrupt: its tag {code} is of no type"
-    steps = np.diff(codes)
-    if np.any(steps == 0):
-        return f"corrupt: its tag {codes[1:][steps == 0][0]} stands there twice"
-    misplaced = {*codes[1:][steps < 0].tolist(), *codes[:-1][steps < 0].tolist()}
-    strange = [code for code in misplaced if code not in tifffile.TIFF.TAGS]
-    return f"corrupt: there is a tag {strange[0]} out of its order" if strange else ""
+        if code in SINGLE and count != 1:
+            return f"corrupt: its tag {code} has {count} values"
+    if len(set(codes.tolist())) < len(codes):
+        return "corrupt: one of its tags stands there twice"
+    return _order_fault(codes)
 
 
-def claims_fault(offsets: np.ndarray, counts: np.ndarray, others: np.ndarray, size: int) -> tuple[str, str]:
-    """What is wrong with the addresses of all tiles of a file, and what should be said about it.
+def _order_fault(codes: np.ndarray) -> str:
+    """Tags stand in the order of their numbers, so that a damaged number shows; harmless unless one of CODING."""
+    missing = CODING - {*codes.tolist()}
+    for low, code, high in zip([0, *codes[:-1]], codes, [*codes[1:], LAST], strict=True):
+        if not low < code < high and code not in tifffile.TIFF.TAGS and any(low < tag < high for tag in missing):
+            return f"corrupt: it has a tag {code} where another should be"
+    return ""
+
+
+def claims(offsets: np.ndarray, counts: np.ndarray, others: np.ndarray, size: int) -> tuple[str, float]:
+    """What is wrong with the addresses of all tiles of a file, and the share of the file that belongs to nothing.
 
     offsets, counts (n,) int64 of the tiles; others (m, 2): start and bytes of directories, values and the header.
     """
     there = counts > 0
     tiles, shared = np.unique(np.stack([offsets[there], counts[there]], axis=1), axis=0, return_counts=True)
     if np.any(tiles[:-1].sum(axis=1) > tiles[1:, 0]):
-        return "corrupt: parts of its tiles overlap", ""
-    claimed = np.concatenate([tiles, others])
-    claimed = claimed[np.argsort(claimed[:, 0], kind="stable")]
-    ends = np.maximum.accumulate(claimed.sum(axis=1))
-    starts = np.append(claimed[1:, 0], size)
-    gaps = np.stack([ends, np.minimum(starts, size)], axis=1)[starts > ends]
+        return "corrupt: parts of its tiles overlap", 0.0
+    gaps = _gaps(np.concatenate([tiles, others]), size)
     lengths = gaps[:, 1] - gaps[:, 0]
-    largest = int(lengths.max(initial=0))
-    if np.any(tiles[shared > 1, 1] <= largest):
-        return "corrupt: two tiles have one address, and there are data that belong to no tile", ""
-    at = np.searchsorted(gaps[:, 0], offsets[~there], side="right") - 1
-    inside = (at >= 0) & (offsets[~there] < gaps[at, 1]) & (lengths[at] > 16) if len(gaps) else np.zeros(1, bool)
-    if np.any(inside & (offsets[~there] > 0)):
-        return "corrupt: a tile without bytes has the address of data that belong to no tile", ""
-    share = int(lengths[lengths >= PADDING].sum()) / size
-    words = f"{share:.1%} of the file belong to no image in it"
-    if share > LOST and there.any():  # with no tile at all, it is a slide of background
-        return f"corrupt: {words}: an image directory is lost", ""
-    return "", f"{words}: a level is lost, or a label was taken out" if share > TOLD else ""
+    if np.any(tiles[shared > 1, 1] <= lengths.max(initial=0)):
+        return "corrupt: two tiles have one address, and there are data that belong to no tile", 0.0
+    empty = offsets[~there & (offsets > 0)]
+    if any(np.any((start <= empty) & (empty < stop)) for start, stop in gaps[lengths > SHORT]):
+        return "corrupt: a tile without bytes has the address of data that belong to no tile", 0.0
+    return "", int(lengths[lengths >= PADDING].sum()) / size
+
+
+def _gaps(claimed: np.ndarray, size: int) -> np.ndarray:
+    """(n, 2): start and end of what lies between spans (m, 2) of a start and bytes."""
+    claimed = claimed[np.argsort(claimed[:, 0], kind="stable")]
+    ends, starts = np.maximum.accumulate(claimed.sum(axis=1)), np.append(claimed[1:, 0], size)
+    return np.stack([ends, starts], axis=1)[starts > ends]

@@ -12,7 +12,7 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 import tifffile
 
-from .tiffbytes import Directory, claims_fault, directory_fault, read_directory, unpack, value_spans
+from .tiffbytes import Directory, claims, directory_fault, read_directory, unpack, value_spans
 
 # What tifffile only logs about a damaged file is an error here, told once and with the slide's name.
 logging.getLogger("tifffile").setLevel(logging.CRITICAL)
@@ -23,6 +23,8 @@ APERIO_YCBCR = 33003
 WEBP = {34927, 50001}
 DEFLATE = {8, 32946}
 OLD_JPEG = 6
+RGB, YCBCR = 2, 6  # photometric
+TOLD = 0.002  # of a file that belongs to no image
 
 
 class Structure(NamedTuple):
@@ -54,14 +56,23 @@ def structure(file: BinaryIO) -> Structure:
                 counts.append(np.asarray(part.databytecounts, np.int64))
         if tif.tiff.is_ndpi or any(page.aspage().compression == OLD_JPEG for page in tif.pages):
             return Structure("")  # data that no table names
-        return Structure(
-            *claims_fault(np.concatenate(offsets), np.concatenate(counts), _others(tif, directories), size)
-        )
+        spans = np.concatenate(offsets), np.concatenate(counts), _others(tif, directories)
+        fault, unclaimed = claims(*spans, size)
+        words = f"{unclaimed:.1%} of the file belong to no image in it"
+        if unclaimed > 0.5 and _is_reduced(tif.pages.first.aspage()):
+            fault = fault or f"corrupt: {words}, and there is only a reduced one: an image directory is lost"
+        return Structure(fault, f"{words}: a level is lost, or a label was taken out" if unclaimed > TOLD else "")
+
+
+def _is_reduced(page: tifffile.TiffPage) -> bool:
+    """True if the image is smaller than the one it was made of."""
+    return bool(page.subfiletype & 1) or (page.is_svs and "->" in page.description.split("|")[0])
 
 
 def _chain(file: BinaryIO, tif: tifffile.TiffFile, size: int) -> tuple[str, list[Directory]]:
     """Walk the directories to the closing 0; tifffile itself only logs a chain that leads nowhere."""
-    form, found = tif.tiff, []
+    form = tif.tiff
+    found: list[Directory] = []
     file.seek(8 if form.version == 43 else 4)
     seen: set[int] = set()
     offset = unpack(form.offsetformat, file.read(form.offsetsize))
@@ -118,6 +129,8 @@ def _page_fault(page: tifffile.TiffPage, size: int) -> str:
         page.jpegtables[:2] == b"\xff\xd8" and page.jpegtables.rstrip(b"\0")[-2:] == b"\xff\xd9"
     ):
         return "corrupt: its JPEG tables are cut"
+    if page.photometric in (RGB, YCBCR) and samples < 3:
+        return f"corrupt: colours of {samples} samples"
     if samples > 1 and page.planarconfig == 1 and page.dtype is None:
         return "corrupt: unknown pixel type"
     return ""
