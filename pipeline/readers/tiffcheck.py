@@ -28,10 +28,14 @@ TOLD = 0.002  # of a file that belongs to no image
 
 
 class Structure(NamedTuple):
-    """Why a file is not a whole TIFF file, and what is odd about it; "" if there is nothing to say."""
+    """Why a file is not a whole TIFF file, and what is odd about it; "" if there is nothing to say.
+
+    `tiled`: how many of its images are in tiles, as the levels of a slide are.
+    """
 
     fault: str
     warning: str = ""
+    tiled: int = 0
 
 
 def structure(file: BinaryIO) -> Structure:
@@ -41,7 +45,7 @@ def structure(file: BinaryIO) -> Structure:
         fault, directories = _chain(file, tif, size)
         if fault:
             return Structure(fault)
-        offsets, counts = [], []
+        offsets, counts, tiled = [], [], 0
         for number, frame in enumerate(tif.pages):
             page = frame.aspage()
             below = page.pages if page.subifds and page.pages is not None else []  # OME-TIFF keeps its pyramid there
@@ -54,6 +58,7 @@ def structure(file: BinaryIO) -> Structure:
                     return Structure(f"{fault} (image {number} of the file)")
                 offsets.append(np.asarray(part.dataoffsets, np.int64))
                 counts.append(np.asarray(part.databytecounts, np.int64))
+                tiled += part.is_tiled
         if tif.tiff.is_ndpi or any(page.aspage().compression == OLD_JPEG for page in tif.pages):
             return Structure("")  # data that no table names
         spans = np.concatenate(offsets), np.concatenate(counts), _others(tif, directories)
@@ -61,7 +66,8 @@ def structure(file: BinaryIO) -> Structure:
         words = f"{unclaimed:.1%} of the file belong to no image in it"
         if unclaimed > 0.5 and _is_reduced(tif.pages.first.aspage()):
             fault = fault or f"corrupt: {words}, and there is only a reduced one: an image directory is lost"
-        return Structure(fault, f"{words}: a level is lost, or a label was taken out" if unclaimed > TOLD else "")
+        warning = f"{words}: a level or tiles are lost, or a label was taken out" if unclaimed > TOLD else ""
+        return Structure(fault, warning, tiled)
 
 
 def _is_reduced(page: tifffile.TiffPage) -> bool:
