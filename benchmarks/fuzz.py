@@ -30,7 +30,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import tifffile
 from mutations import CODED, STRUCTURE, Base, bases, mutate, sites  # beside this file
 
 from pipeline.config import TileConfig, TissueConfig, make_config
@@ -288,7 +287,7 @@ def main() -> None:
                 print(*case, sep="   ", flush=True)
     print(table(found))
     result: dict[str, Any] = {"reader": wanted.reader, "seed": wanted.seed, "count": len(found)}
-    result |= {"date": date.today().isoformat(), "tifffile": tifffile.__version__}
+    result |= {"date": date.today().isoformat(), "never": BAD, "structure": STRUCTURE}
     wanted.out.mkdir(parents=True, exist_ok=True)
     text = json.dumps(result | {"cases": [case._asdict() for case in found]}, indent=1)
     (wanted.out / f"fuzz-{wanted.reader}.json").write_text(text)

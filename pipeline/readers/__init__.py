@@ -21,7 +21,7 @@ from .tiffcheck import Structure, structure
 # may say that it is in doubt about a file; then it serves only where the others do not find the same levels.
 READERS = ("openslide", "tiffslide", "image")
 
-PYRAMIDS = ("aperio", "generic-tiff")  # all images in tiles are levels; label and macro image are in strips
+PYRAMIDS = ("aperio", "generic-tiff", "tiff")  # all images in tiles are levels; label and macro image are in strips
 TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 FORMATS: tuple[tuple[bytes, str], ...] = (
     *((magic, "TIFF") for magic in TIFF_MAGIC),
@@ -175,7 +175,7 @@ def _refuse_impostor(path: Path, head: bytes) -> None:
 
 
 def _level_warnings(slide: Slide, found: Structure) -> tuple[str, ...]:
-    missing = found.tiled - len(slide.levels) if slide.vendor in PYRAMIDS else 0
+    missing = found.tiled - slide.images if slide.vendor in PYRAMIDS else 0
     words = f"{missing} of the {found.tiled} tiled images of the file are no level of the slide" if missing > 0 else ""
     return tuple(filter(None, (found.warning, words)))
 

@@ -142,6 +142,12 @@ def _page_fault(page: tifffile.TiffPage, size: int) -> str:
     return ""
 
 
+def same_shape(size: tuple[int, int], small: tuple[int, int]) -> bool:
+    """True if one factor makes both sides of an image those of a smaller one, to 2 pixels: each may be rounded."""
+    factors = [(side / (less + 2), side / max(less - 2, 0.5)) for side, less in zip(size, small, strict=True)]
+    return max(low for low, _ in factors) <= min(high for _, high in factors)
+
+
 def tile_fault(page: tifffile.TiffPage, data: bytes) -> str:
     """Why the bytes of one tile or strip must not be decoded, or "".
 
