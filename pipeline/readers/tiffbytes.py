@@ -90,6 +90,8 @@ def claims(offsets: np.ndarray, counts: np.ndarray, others: np.ndarray, size: in
     tiles, shared = np.unique(np.stack([offsets[there], counts[there]], axis=1), axis=0, return_counts=True)
     if np.any(tiles[:-1].sum(axis=1) > tiles[1:, 0]):
         return "corrupt: parts of its tiles overlap", 0.0
+    if _meet(tiles, others):
+        return "corrupt: a tile overlaps what is no tile", 0.0
     gaps = _gaps(np.concatenate([tiles, others]), size)
     lengths = gaps[:, 1] - gaps[:, 0]
     if np.any(tiles[shared > 1, 1] <= lengths.max(initial=0)):
@@ -98,6 +100,12 @@ def claims(offsets: np.ndarray, counts: np.ndarray, others: np.ndarray, size: in
     if any(np.any((start <= empty) & (empty < stop)) for start, stop in gaps[lengths > SHORT]):
         return "corrupt: a tile without bytes has the address of data that belong to no tile", 0.0
     return "", int(lengths[lengths >= PADDING].sum()) / size
+
+
+def _meet(tiles: np.ndarray, others: np.ndarray) -> bool:
+    """True if one of the tiles (n, 2), which are sorted and do not overlap, has a part of one of the others (m, 2)."""
+    last = np.searchsorted(tiles[:, 0], others.sum(axis=1)) - 1  # the last tile that begins before the end of each
+    return bool(np.any((last >= 0) & (tiles.sum(axis=1)[last] > others[:, 0]))) if len(tiles) else False
 
 
 def _gaps(claimed: np.ndarray, size: int) -> np.ndarray:

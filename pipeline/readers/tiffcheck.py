@@ -23,6 +23,7 @@ APERIO_YCBCR = 33003
 WEBP = {34927, 50001}
 DEFLATE = {8, 32946}
 OLD_JPEG = 6
+NEEDED = {258: "BitsPerSample", 259: "Compression", 262: "PhotometricInterpretation"}
 RGB, YCBCR = 2, 6  # photometric
 TOLD = 0.002  # of a file that belongs to no image
 
@@ -116,8 +117,11 @@ def _page_fault(page: tifffile.TiffPage, size: int) -> str:
     width, height, samples = page.imagewidth, page.imagelength, page.samplesperpixel
     if width < 1 or height < 1:
         return f"corrupt: an image of {width} x {height} pixels"
-    if 258 not in page.tags and (page.is_tiled or page.index == 0):  # a label may do without it: 1 bit
-        return "corrupt: BitsPerSample is missing"
+    # A label may do without the first, 1 bit, and an image in strips without the others.
+    needed = NEEDED if page.is_tiled else dict(list(NEEDED.items())[: int(page.index == 0)])
+    missing = next((name for tag, name in needed.items() if tag not in page.tags), "")
+    if missing:
+        return f"corrupt: {missing} is missing"
     offsets, counts = np.asarray(page.dataoffsets, np.int64), np.asarray(page.databytecounts, np.int64)
     if len(offsets) == 0 or len(offsets) != len(counts):
         return "corrupt: its table of tiles is missing"

@@ -97,6 +97,18 @@ def test_a_tile_whose_address_is_moved_overlaps_another(kit, raw, path, by, read
 
 
 @pytest.mark.parametrize("reader", READERS)
+def test_a_tile_whose_address_is_that_of_a_directory(raw, path, reader):
+    path.write_bytes(raw.read_bytes())
+    with tifffile.TiffFile(path) as file:
+        at, second = file.pages[0].tags[324].valueoffset, file.pages[1].offset
+    last = addresses(path)[-1]
+    assert last + 64 * 64 * 3 <= second
+    put(path, at + 15 * 4, "I", last + 20)
+    with pytest.raises(UnreadableSlide, match="no tile"):
+        open_slide(path, reader=reader)
+
+
+@pytest.mark.parametrize("reader", READERS)
 def test_a_tile_with_the_address_of_another_leaves_its_own_data_to_nobody(kit, raw, path, reader):
     pages = pages_of(kit, raw)
     kit.write_tiff(path, pages)
@@ -166,6 +178,16 @@ def test_a_tag_of_one_number_that_has_two(raw, path, reader):
     put(path, entry(path, SAMPLES_PER_PIXEL, page=1) + 4, "I", 2)
     with pytest.raises(UnreadableSlide, match="has 2 values"):
         open_slide(path, reader=reader)
+
+
+@pytest.mark.parametrize("reader", READERS)
+@pytest.mark.parametrize(("tag", "name"), [(258, "Bits"), (259, "Compression"), (262, "Photometric")])
+def test_a_tag_whose_number_has_become_that_of_another(kit, raw, path, tag, name, reader):
+    for good in (raw, kit.good):
+        path.write_bytes(good.read_bytes())
+        put(path, entry(path, tag), "H", 515)  # known, and out of its order
+        with pytest.raises(UnreadableSlide, match=name):
+            open_slide(path, 0.5, reader)
 
 
 @pytest.mark.parametrize("reader", READERS)
@@ -289,6 +311,18 @@ def test_a_jpeg_that_is_damaged_in_the_middle_is_not_read(kit, tmp_path, mode):
     assert whole(path, "image").shape == (512, 512, 3)
     data = bytearray(path.read_bytes())
     data[len(data) // 2 : len(data) // 2 + 300] = bytes(300)
+    path.write_bytes(data)
+    with pytest.raises(UnreadableSlide):
+        open_slide(path, 0.5)
+
+
+@pytest.mark.parametrize("at", range(0, 9))
+def test_a_jpeg_2000_says_of_each_channel_what_it_says_of_all(kit, tmp_path, at):
+    path = tmp_path / "a.jp2"
+    Image.fromarray(kit.tissue(512)).save(path)
+    np.testing.assert_array_equal(whole(path, "image"), kit.tissue(512))
+    data = bytearray(path.read_bytes())
+    data[data.index(b"\xff\x4f\xff\x51") + 42 + at] ^= 9
     path.write_bytes(data)
     with pytest.raises(UnreadableSlide):
         open_slide(path, 0.5)
