@@ -1,17 +1,23 @@
 """Mutated slide files: what every reader makes of seeded damage, against the undamaged slide, tile by tile.
 
     python benchmarks/fuzz.py --reader auto --count 5000 --seed 1
-    python benchmarks/fuzz.py --reader auto --show 137       (one case again, here, with its traceback)
+    python benchmarks/fuzz.py --reader auto --show 137       (that case again, in this process)
 
 Each file goes the way of a run: open_slide, segment, tile, the tiles; then all tiles of all levels at the places where
-the undamaged slide has them; every tenth through `prepare` as well. In a child process under limits of time and memory.
+the undamaged slide has them; every tenth through `prepare` as well. In a child process, under limits.
 
-Outcomes: same: every tile, and the thumbnail, as in the undamaged slide; invalid: some are marked invalid, the others
-are the same; failed: a SlideError; described: the file says of itself that it has another size, other levels or another
-scale, which the store records, and pixels that both have are the same (`warned` of them with a warning); recoded: a tag
-that alone says what the numbers are (RECODING) says something else that is possible, and pixels differ; different: a
-tile differs, and nothing tells. machine: an error that would stop the run. raw: any other exception. memory, hang,
-crash: over 500 MB or MemoryError; over 30 s; the process died. Writes benchmarks/out/fuzz-READER.json.
+same       every tile and the thumbnail as in the undamaged slide
+invalid    some tiles are marked invalid, the others are the same (a run fails a slide with more than 1 % of them)
+failed     a SlideError
+described  the file says that it is another slide: its size, its levels or its scale differ, which the store records.
+           The finest pixels that both have are the same
+told       the same, with a warning
+recoded    a tag of RECODING, which nothing else in the file repeats, says that the numbers are others; pixels differ
+different  a tile differs, and nothing tells: never where the damage is one of STRUCTURE
+never      machine: what would stop the run; raw: an exception that is no SlideError; memory: over 500 MB, or a
+           MemoryError; hang: over 30 s; crash: the process died
+
+Writes benchmarks/out/fuzz-READER.json.
 """
 
 import argparse
@@ -46,7 +52,7 @@ READERS = ("auto", "tiffslide", "openslide", "image")
 PX = 64
 LIMIT_S, LIMIT_MB, LIMIT_ADDRESSES = 30, 500, 3 << 30
 BAD = ("machine", "raw", "memory", "hang", "crash")
-OUTCOMES = ("same", "invalid", "failed", "described", "recoded", "different", *BAD)
+OUTCOMES = ("same", "invalid", "failed", "described", "told", "recoded", "different", *BAD)
 # Tags that say what the numbers of a pixel are, and that nothing else in the file repeats.
 RECODING = {262: "photometric", 266: "fill order", 317: "predictor", 338: "extra samples", 530: "subsampling"}
 
@@ -77,6 +83,7 @@ class Undamaged:
     def against(self, slide: Slide) -> tuple[str, str]:
         """The outcome of a slide that opened, and in what it differs."""
         said = self._said(slide)
+        warned = slide.warnings != self.warnings
         slide.mpp = self.mpp  # the same places, whatever it says its scale is
         lost = 0
         if slide.size != (self.levels[0].width, self.levels[0].height):
@@ -95,7 +102,7 @@ class Undamaged:
                 if (view.rgb != self.rgb)[~view.unreadable].any():
                     return "different", f"{said} thumbnail".strip()
         if said:
-            return "described", said
+            return "told" if warned else "described", said
         return ("invalid", f"{lost} tiles") if lost else ("same", "")
 
     def _said(self, slide: Slide) -> str:
@@ -106,8 +113,6 @@ class Undamaged:
             words.append(f"levels {[level[:2] for level in slide.levels]}")
         if slide.mpp != self.mpp:
             words.append(f"scale {slide.mpp:g}")
-        if words and slide.warnings != self.warnings:
-            words.append("warned")
         return " ".join(words)
 
     def _shares(self, slide: Slide) -> bool:
