@@ -96,8 +96,7 @@ def claims(offsets: np.ndarray, counts: np.ndarray, others: np.ndarray, size: in
     lengths = gaps[:, 1] - gaps[:, 0]
     if np.any(tiles[shared > 1, 1] <= lengths.max(initial=0)):
         return "corrupt: two tiles have one address, and there are data that belong to no tile", 0.0
-    empty = offsets[~there & (offsets > 0)]
-    if any(np.any((start <= empty) & (empty < stop)) for start, stop in gaps[lengths > SHORT]):
+    if _within(offsets[~there & (offsets > 0)], gaps[lengths > SHORT]):
         return "corrupt: a tile without bytes has the address of data that belong to no tile", 0.0
     return "", int(lengths[lengths >= PADDING].sum()) / size
 
@@ -106,6 +105,12 @@ def _meet(tiles: np.ndarray, others: np.ndarray) -> bool:
     """True if one of the tiles (n, 2), which are sorted and do not overlap, has a part of one of the others (m, 2)."""
     last = np.searchsorted(tiles[:, 0], others.sum(axis=1)) - 1  # the last tile that begins before the end of each
     return bool(np.any((last >= 0) & (tiles.sum(axis=1)[last] > others[:, 0]))) if len(tiles) else False
+
+
+def _within(places: np.ndarray, gaps: np.ndarray) -> bool:
+    """True if one of the places (n,) lies in one of the gaps (m, 2), which are sorted."""
+    at = np.searchsorted(gaps[:, 0], places, side="right") - 1
+    return bool(np.any((at >= 0) & (places < gaps[at, 1]))) if len(gaps) else False
 
 
 def _gaps(claimed: np.ndarray, size: int) -> np.ndarray:
