@@ -25,6 +25,7 @@ DEFLATE = {8, 32946}
 OLD_JPEG = 6
 NEEDED = {258: "BitsPerSample", 259: "Compression", 262: "PhotometricInterpretation"}
 RGB, YCBCR = 2, 6  # photometric
+LARGEST_TILE = 65535  # px of an edge: what a JPEG stream can say; libtiff miscounts far larger ones
 TOLD = 0.002  # of a file that belongs to no image
 
 
@@ -127,6 +128,8 @@ def _page_fault(page: tifffile.TiffPage, size: int) -> str:
         return "corrupt: its table of tiles is missing"
     if 324 in page.tags and not (page.tilewidth and page.tilelength):
         return "corrupt: its tile size is missing"
+    if page.is_tiled and max(page.tilewidth, page.tilelength) > LARGEST_TILE:
+        return f"corrupt: tiles of {page.tilewidth} x {page.tilelength} pixels"
     expected = int(np.prod(page.chunked))
     if len(offsets) != expected and not page.is_ndpi:
         return f"corrupt: {len(offsets)} tiles for an image of {width} x {height}, which needs {expected}"

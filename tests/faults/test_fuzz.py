@@ -173,6 +173,18 @@ def test_a_damaged_entry_is_not_taken_for_the_default(kit, raw, path, word, at, 
 
 
 @pytest.mark.parametrize("reader", READERS)
+def test_a_level_of_one_tile_that_says_it_is_endless(kit, path, reader):
+    """The number of tiles is right; OpenSlide showed other pixels."""
+    path.write_bytes(kit.good.read_bytes())
+    with tifffile.TiffFile(path) as file:
+        last = len(file.pages) - 1
+        assert file.pages[last].imagelength == 64
+    put(path, entry(path, 323, page=last) + 2, "HII", 4, 1, 0xFF000040)
+    with pytest.raises(UnreadableSlide, match="tiles of 64 x"):
+        open_slide(path, reader=reader)
+
+
+@pytest.mark.parametrize("reader", READERS)
 def test_a_tag_of_one_number_that_has_two(raw, path, reader):
     path.write_bytes(raw.read_bytes())
     put(path, entry(path, SAMPLES_PER_PIXEL, page=1) + 4, "I", 2)
