@@ -77,6 +77,7 @@ class Slide(ABC):
         self.levels = levels
         self.tags = tags
         self.vendor = vendor
+        self.images = len(levels)  # of the file, of which the levels are: one each, or one for each channel
         self.bounds = bounds  # the scanned part, where the format has one
         self.reader = ""
         self.reader_version = ""

@@ -15,12 +15,13 @@ import numpy as np
 from ..errors import MACHINE_ERRNOS, UnreadableSlide, UsageError, nearest, slide_door
 from ..scale import resolve_scale
 from ..slide import Slide
-from .tiffcheck import structure_fault
+from .tiffcheck import Structure, structure
 
 # `auto` tries them in this order. OpenSlide first: it knows most formats and is strict about damaged tiles. A reader
 # may say that it is in doubt about a file; then it serves only where the others do not find the same levels.
 READERS = ("openslide", "tiffslide", "image")
 
+PYRAMIDS = ("aperio", "generic-tiff", "tiff")  # all images in tiles are levels; label and macro image are in strips
 TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 FORMATS: tuple[tuple[bytes, str], ...] = (
     *((magic, "TIFF") for magic in TIFF_MAGIC),
@@ -79,14 +80,14 @@ def _reader(name: str):  # type: ignore[no-untyped-def]  # a module
 
 def _open_file(path: Path, requested: str) -> Slide:
     """The first reader that opens the file and vouches for its pixels; one that doubts them where no other will."""
-    kind, what = _examine(path)
+    kind, what, found = _examine(path)
     refusals: list[str] = []
     doubted: Slide | None = None
     for name in _in_order(kind) if requested == "auto" else (requested,):
         slide = _open_with(name, path, refusals)
         if slide is None:
             continue
-        slide.warnings = _name_warnings(path, kind)
+        slide.warnings = (*_name_warnings(path, kind), *_level_warnings(slide, found))
         if doubted and slide.levels != doubted.levels:
             slide.close()  # it knows less of this format than the one before
         elif slide.doubt:
@@ -102,8 +103,9 @@ def _open_file(path: Path, requested: str) -> Slide:
     raise UnreadableSlide(str(path), "open", f"no reader here supports it ({what}). {' | '.join(refusals)}")
 
 
-def _examine(path: Path) -> tuple[str, str]:
-    """The format of a file by its content, and the same in words; what is certainly no whole slide is refused."""
+def _examine(path: Path) -> tuple[str, str, Structure]:
+    """The format of a file by its content, the same in words, and its structure; what is no whole slide is refused."""
+    found = Structure("")
     with _regular_file(path) as file:
         head = file.read(132)
         file.seek(0)
@@ -111,10 +113,10 @@ def _examine(path: Path) -> tuple[str, str]:
         _refuse_impostor(path, head)
         if kind == "TIFF":
             with slide_door(str(path), "open"):
-                fault = structure_fault(file)
-            if fault:
-                raise UnreadableSlide(str(path), "open", fault)
-    return kind, kind or _describe(head)
+                found = structure(file)
+            if found.fault:
+                raise UnreadableSlide(str(path), "open", found.fault)
+    return kind, kind or _describe(head), found
 
 
 def _open_with(name: str, path: Path, refusals: list[str]) -> Slide | None:
@@ -170,6 +172,12 @@ def _refuse_impostor(path: Path, head: bytes) -> None:
     for magic, what in NOT_SLIDES:
         if head.lstrip()[: len(magic)].lower() == magic.lower():
             raise UnreadableSlide(str(path), "open", f"not a slide but {what}")
+
+
+def _level_warnings(slide: Slide, found: Structure) -> tuple[str, ...]:
+    missing = found.tiled - slide.images if slide.vendor in PYRAMIDS else 0
+    words = f"{missing} of the {found.tiled} tiled images of the file are no level of the slide" if missing > 0 else ""
+    return tuple(filter(None, (found.warning, words)))
 
 
 def _name_warnings(path: Path, kind: str) -> tuple[str, ...]:

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import numpy as np
+import simplejpeg
 from PIL import Image
 
 from ..errors import UnreadableSlide
@@ -16,6 +17,10 @@ VERSION = f"pillow {Image.__version__}"
 
 
 def open(path: Path) -> Slide:
+    """Pillow decodes damaged pixels without complaint, so that PNG and JPEG files are checked before."""
+    with Image.open(path, formats=FORMATS) as image:
+        if image.format == "PNG":
+            image.verify()  # the checksum of every chunk
     with Image.open(path, formats=FORMATS) as image:
         width, height = image.size
         if width * height > MAX_PIXELS:
@@ -26,9 +31,23 @@ def open(path: Path) -> Slide:
             )
         if image.mode in ("I", "F", "I;16"):
             raise UnreadableSlide(str(path), "open", f"pixels of type {image.mode} are not supported")
+        if image.format == "JPEG":
+            simplejpeg.decode_jpeg(path.read_bytes(), "GRAY")  # makes an error of what libjpeg only warns of
+        if image.format == "JPEG2000":
+            _refuse_uneven(path)
         rgba = image.convert("RGBA")
     white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
     return ArraySlide(np.asarray(Image.alpha_composite(white, rgba).convert("RGB")), path)
+
+
+def _refuse_uneven(path: Path) -> None:
+    """JPEG 2000 says bits and sampling of each channel; where these differ, or not as its container has it: damage."""
+    data = path.read_bytes()
+    start, box = data.find(b"\xff\x4f\xff\x51"), data.find(b"ihdr")
+    channels = data[start + 42 : start + 42 + 3 * int.from_bytes(data[start + 40 : start + 42])]
+    bits = data[box + 14] if 0 <= box < start else channels[0]
+    if channels != bytes([bits, 1, 1]) * (len(channels) // 3):
+        raise UnreadableSlide(str(path), "open", "its channels differ in bits or size, which is not supported")
 
 
 class ArraySlide(Slide):

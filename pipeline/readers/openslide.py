@@ -13,7 +13,7 @@ import tifffile
 from ..errors import CorruptTiles, UnreadableSlide, slide_door
 from ..scale import GIVEN_RANGE, ScaleTags, aperio_tags, resolution_tags
 from ..slide import Box, Slide, make_levels
-from .tiffcheck import DEFLATE, JPEG_2000, JPEG_LIKE, WEBP
+from .tiffcheck import DEFLATE, JPEG_2000, JPEG_LIKE, WEBP, same_shape
 
 CACHE_BYTES = 64 << 20  # one for all slides of a process; OpenSlide's default is one of 32 MB for every handle
 VERSION = f"openslide {library.__library_version__}"
@@ -40,6 +40,8 @@ def _doubt(path: Path, slide: "OpenSlideSlide") -> str:
         page = tif.pages.first
         planes = len(tif.series[0].pages)
         fault = _misread(page) if planes == 1 else f"it is a stack of {planes} images"  # the first would be shown
+        if not all(same_shape(slide.size, (level.width, level.height)) for level in slide.levels):
+            fault = "it has a level of another shape"  # stretched to that of the slide
         if tif.is_ome:
             fault = "it is an OME-TIFF, with levels and a scale of its own"  # both would be lost
     if fault:

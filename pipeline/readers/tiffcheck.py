@@ -7,10 +7,12 @@ here from the file's structure, for the price of reading its directories; single
 import logging
 import os
 import struct
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import tifffile
+
+from .tiffbytes import Directory, claims, directory_fault, read_directory, unpack, value_spans
 
 # What tifffile only logs about a damaged file is an error here, told once and with the slide's name.
 logging.getLogger("tifffile").setLevel(logging.CRITICAL)
@@ -20,62 +22,114 @@ JPEG_2000 = {33003, 33005, 34712}
 APERIO_YCBCR = 33003
 WEBP = {34927, 50001}
 DEFLATE = {8, 32946}
+OLD_JPEG = 6
+NEEDED = {258: "BitsPerSample", 259: "Compression", 262: "PhotometricInterpretation"}
+RGB, YCBCR = 2, 6  # photometric
+LARGEST_TILE = 65535  # px of an edge: what a JPEG stream can say; libtiff miscounts far larger ones
+TOLD = 0.002  # of a file that belongs to no image
 
 
-def structure_fault(file: BinaryIO) -> str:
-    """Why the file is not a whole TIFF file, or "": its directories, their tables, and where its pixel data end."""
+class Structure(NamedTuple):
+    """Why a file is not a whole TIFF file, and what is odd about it; "" if there is nothing to say.
+
+    `tiled`: how many of its images are in tiles, as the levels of a slide are.
+    """
+
+    fault: str
+    warning: str = ""
+    tiled: int = 0
+
+
+def structure(file: BinaryIO) -> Structure:
+    """Its directories, their tables, where its pixel data stand, and what of the file belongs to nothing."""
     size = os.fstat(file.fileno()).st_size
     with tifffile.TiffFile(file) as tif:
-        fault = _chain_fault(file, tif, size)
+        fault, directories = _chain(file, tif, size)
         if fault:
-            return fault
+            return Structure(fault)
+        offsets, counts, tiled = [], [], 0
         for number, frame in enumerate(tif.pages):
             page = frame.aspage()
             below = page.pages if page.subifds and page.pages is not None else []  # OME-TIFF keeps its pyramid there
-            for part in (page, *below):
-                fault = _page_fault(part.aspage(), size)
+            for part in (page, *(sub.aspage() for sub in below)):
+                if part is not page:
+                    directories.append(read_directory(file, tif.tiff, part.offset))
+                fault = _entries_fault(tif, directories[-1], size) if part is not page else ""
+                fault = fault or _page_fault(part, size)
                 if fault:
-                    return f"{fault} (image {number} of the file)"
-    return ""
+                    return Structure(f"{fault} (image {number} of the file)")
+                offsets.append(np.asarray(part.dataoffsets, np.int64))
+                counts.append(np.asarray(part.databytecounts, np.int64))
+                tiled += part.is_tiled
+        if tif.tiff.is_ndpi or any(page.aspage().compression == OLD_JPEG for page in tif.pages):
+            return Structure("")  # data that no table names
+        spans = np.concatenate(offsets), np.concatenate(counts), _others(tif, directories)
+        fault, unclaimed = claims(*spans, size)
+        words = f"{unclaimed:.1%} of the file belong to no image in it"
+        if unclaimed > 0.5 and _is_reduced(tif.pages.first.aspage()):
+            fault = fault or f"corrupt: {words}, and there is only a reduced one: an image directory is lost"
+        warning = f"{words}: a level or tiles are lost, or a label was taken out" if unclaimed > TOLD else ""
+        return Structure(fault, warning, tiled)
 
 
-def _chain_fault(file: BinaryIO, tif: tifffile.TiffFile, size: int) -> str:
+def _is_reduced(page: tifffile.TiffPage) -> bool:
+    """True if the image is smaller than the one it was made of."""
+    return bool(page.subfiletype & 1) or (page.is_svs and "->" in page.description.split("|")[0])
+
+
+def _chain(file: BinaryIO, tif: tifffile.TiffFile, size: int) -> tuple[str, list[Directory]]:
     """Walk the directories to the closing 0; tifffile itself only logs a chain that leads nowhere."""
     form = tif.tiff
+    found: list[Directory] = []
     file.seek(8 if form.version == 43 else 4)
     seen: set[int] = set()
-    offset = _unpack(form.offsetformat, file.read(form.offsetsize))
+    offset = unpack(form.offsetformat, file.read(form.offsetsize))
     if offset == 0:
-        return "the file has no image directory"
+        return "the file has no image directory", []
     while offset:
         if offset in seen:
-            return "its chain of image directories runs in a circle"
+            return "its chain of image directories runs in a circle", []
         seen.add(offset)
-        file.seek(offset)
-        entries = _unpack(form.tagnoformat, file.read(form.tagnosize))
-        file.seek(offset + form.tagnosize + max(entries, 0) * form.tagsize)
-        following = _unpack(form.offsetformat, file.read(form.offsetsize))
-        if offset >= size or entries < 1 or following < 0:
-            return f"truncated: an image directory should stand at byte {offset:,} of {size:,}"
-        offset = following
-    return ""
+        directory = read_directory(file, form, offset) if 0 < offset < size else None
+        if directory is None or len(directory.entries) == 0 or directory.following < 0:
+            return f"truncated: an image directory should stand at byte {offset:,} of {size:,}", []
+        fault = _entries_fault(tif, directory, size)
+        if fault:
+            return f"{fault} (image {len(found)} of the file)", []
+        found.append(directory)
+        offset = directory.following
+    return "", found
 
 
-def _unpack(form: str, data: bytes) -> int:
-    return struct.unpack(form, data)[0] if len(data) == struct.calcsize(form) else -1
+def _entries_fault(tif: tifffile.TiffFile, directory: Directory, size: int) -> str:
+    return "" if tif.tiff.is_ndpi else directory_fault(directory, size)  # NDPI keeps half of its numbers elsewhere
+
+
+def _others(tif: tifffile.TiffFile, directories: list[Directory]) -> np.ndarray:
+    """(m, 2) int64: start and bytes of the header, of the directories and of their values."""
+    form = tif.tiff
+    fixed = form.tagnosize + form.offsetsize
+    heads = [(d.offset, fixed + len(d.entries) * form.tagsize) for d in directories]
+    header = (0, 16 if form.version == 43 else 8)
+    return np.concatenate([np.array([header, *heads], np.int64), *map(value_spans, directories)])
 
 
 def _page_fault(page: tifffile.TiffPage, size: int) -> str:
     width, height, samples = page.imagewidth, page.imagelength, page.samplesperpixel
     if width < 1 or height < 1:
         return f"corrupt: an image of {width} x {height} pixels"
-    if 258 not in page.tags and (page.is_tiled or page.index == 0):  # a label may do without it: 1 bit
-        return "corrupt: BitsPerSample is missing"
+    # A label may do without the first, 1 bit, and an image in strips without the others.
+    needed = NEEDED if page.is_tiled else dict(list(NEEDED.items())[: int(page.index == 0)])
+    missing = next((name for tag, name in needed.items() if tag not in page.tags), "")
+    if missing:
+        return f"corrupt: {missing} is missing"
     offsets, counts = np.asarray(page.dataoffsets, np.int64), np.asarray(page.databytecounts, np.int64)
     if len(offsets) == 0 or len(offsets) != len(counts):
         return "corrupt: its table of tiles is missing"
     if 324 in page.tags and not (page.tilewidth and page.tilelength):
         return "corrupt: its tile size is missing"
+    if page.is_tiled and max(page.tilewidth, page.tilelength) > LARGEST_TILE:
+        return f"corrupt: tiles of {page.tilewidth} x {page.tilelength} pixels"
     expected = int(np.prod(page.chunked))
     if len(offsets) != expected and not page.is_ndpi:
         return f"corrupt: {len(offsets)} tiles for an image of {width} x {height}, which needs {expected}"
@@ -88,9 +142,17 @@ def _page_fault(page: tifffile.TiffPage, size: int) -> str:
         page.jpegtables[:2] == b"\xff\xd8" and page.jpegtables.rstrip(b"\0")[-2:] == b"\xff\xd9"
     ):
         return "corrupt: its JPEG tables are cut"
+    if page.photometric in (RGB, YCBCR) and samples < 3:
+        return f"corrupt: colours of {samples} samples"
     if samples > 1 and page.planarconfig == 1 and page.dtype is None:
         return "corrupt: unknown pixel type"
     return ""
+
+
+def same_shape(size: tuple[int, int], small: tuple[int, int]) -> bool:
+    """True if one factor makes both sides of an image those of a smaller one, to 2 pixels: each may be rounded."""
+    factors = [(side / (less + 2), side / max(less - 2, 0.5)) for side, less in zip(size, small, strict=True)]
+    return max(low for low, _ in factors) <= min(high for _, high in factors)
 
 
 def tile_fault(page: tifffile.TiffPage, data: bytes) -> str:

@@ -14,7 +14,7 @@ import tiffslide as library
 from ..errors import UnreadableSlide
 from ..scale import ScaleTags, aperio_tags, resolution_tags
 from ..slide import Slide, Window, make_levels
-from .tiffcheck import APERIO_YCBCR, JPEG_LIKE
+from .tiffcheck import APERIO_YCBCR, JPEG_LIKE, same_shape
 from .tifftiles import MINISWHITE, TileCache, TilePage
 
 MAX_TILE_BYTES = 512 << 20
@@ -47,6 +47,7 @@ class TiffSlideSlide(Slide):
         except BaseException:
             self._file.close()
             raise
+        self.images = sum(map(len, self._pages))
         cache, descriptor = TileCache(), self._file.fileno()
         numbers = count()
         self._tiles = [
@@ -54,6 +55,9 @@ class TiffSlideSlide(Slide):
             for level, pages in enumerate(self._pages)
         ]
         self._cache = cache
+        if any(page.holds_more() for pages in self._tiles for page in pages):
+            self.close()
+            raise UnreadableSlide(str(path), "open", "corrupt: its tiles have more pixels than their size allows")
 
     def expect(self, level: int, windows: Sequence[Window]) -> None:
         for page in self._tiles[level]:
@@ -125,7 +129,7 @@ def _is_level_of(page: tifffile.TiffPage, base: tifffile.TiffPage) -> bool:
         or any(getattr(page, n) != getattr(base, n) for n in same)
     ):
         return False
-    return abs(page.imagewidth / base.imagewidth * base.imagelength - page.imagelength) <= 2
+    return same_shape((base.imagewidth, base.imagelength), (page.imagewidth, page.imagelength))
 
 
 def _refuse_unsupported(path: Path, page: tifffile.TiffPage, axes: str) -> None:

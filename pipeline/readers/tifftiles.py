@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from time import perf_counter
 
+import imagecodecs
 import numpy as np
 import simplejpeg
 import tifffile
@@ -25,6 +26,13 @@ from .tiffcheck import tile_fault
 CACHE_BYTES = 128 << 20  # of decoded tiles, for each open slide
 MINISWHITE, RGB, YCBCR = 0, 2, 6
 JPEG = 7
+SPARE = 16  # bytes after a tile that may be padding
+# Codecs that cut off what is too much, by TIFF code; the others make an error of it.
+UNBOUNDED: dict[int, Callable[..., bytes | bytearray]] = {
+    1: lambda data, out: data,
+    5: imagecodecs.lzw_decode,
+    34925: imagecodecs.lzma_decode,
+}
 NO_TRANSFORM = bytes.fromhex("ffee000e41646f626500640000000000")  # Adobe's marker that says: these are RGB
 PREMULTIPLIED = 1  # of an extra sample
 
@@ -132,6 +140,23 @@ class TilePage:
         rows = _under(top, top + height, self._rows, self.page.imagelength)
         columns = _under(left, left + width, self._columns, self.page.imagewidth)
         return rows, columns
+
+    def holds_more(self) -> bool:
+        """True if the first tile has more pixels than the file says: it is of another size, and all rows are shifted.
+
+        A tile that does not decode tells nothing, and is told where it is read.
+        """
+        codec = UNBOUNDED.get(self.page.compression)
+        index = next((i for i, count in enumerate(self.page.databytecounts) if count), None)
+        if codec is None or index is None:
+            return False
+        rows = self._rows if self.page.is_tiled else min(self._rows, self.page.imagelength - index * self._rows)
+        size = rows * -(-self._columns * self.page.samplesperpixel * self.page.bitspersample // 8)
+        data = os.pread(self._descriptor, self.page.databytecounts[index], self.page.dataoffsets[index])
+        try:
+            return len(codec(data, out=size + SPARE)) >= size + SPARE
+        except RuntimeError:
+            return False
 
     def covers(self, left: int, top: int, width: int, height: int) -> bool:
         """True if the page has every pixel of a region."""

@@ -14,7 +14,7 @@ from PIL import Image
 from pipeline.demo import write_slide
 from pipeline.errors import CorruptTiles, SlideError, UnreadableSlide, UsageError
 from pipeline.readers import open_slide, sniff
-from pipeline.readers.tiffcheck import structure_fault
+from pipeline.readers.tiffcheck import structure
 from pipeline.slide import Slide
 
 W, H = 211, 149
@@ -755,7 +755,7 @@ def test_a_slide_that_vanishes_or_is_replaced_while_open(tmp_path, smooth, reade
 
 def fault_of(path: Path) -> str:
     with open(path, "rb") as file:
-        return structure_fault(file)
+        return structure(file).fault
 
 
 def layout_data_first(path, image):
