@@ -24,6 +24,7 @@ from .leases import Course, Holder, Leases, alone, joined, living
 from .meter import Meter
 from .outcome import Outcome, Report, failed, read_outcomes, write_outcomes
 from .output import batch_sizes, check_out, make_writable, require_writable, write_json, write_run, write_totals
+from .places import is_remote, placed
 from .saving import Saving
 from .stages import Recipe, SlideFile, Tiler, is_current, load_tiler, make_recipe, open_encoder, stored_outcome
 from .store import BagStore
@@ -78,7 +79,7 @@ def run(
     recipe = make_recipe(config, _encoder_facts(config), tiler if callable(tiler) else load_tiler(config.tiler))
     how: dict[str, Any] = {"mpp_csv": mpp_csv, "redo": redo}
     how |= {"workers": workers, "devices": devices, "cluster": cluster, "scheduler": scheduler}
-    return _carry_out(slides, Path(os.path.abspath(out)), recipe, progress or Silent(), **how)
+    return _carry_out(slides, placed(out), recipe, progress or Silent(), **how)
 
 
 def _carry_out(
@@ -109,7 +110,7 @@ def _carry_out(
         client = None
         if todo:
             stack.enter_context(interruptible())
-            client = stack.enter_context(reached(place, len(todo), out / "logs"))
+            client = stack.enter_context(reached(place, len(todo), None if is_remote(out) else out / "logs"))
             require_encoder(client, recipe.config)  # a wrong weights file is told before anything is written
         make_writable(out)
         leases = stack.enter_context(joined(out, work))
@@ -310,7 +311,7 @@ def predict(
     Writes predictions/<model>.csv (and .zoom.json: what was saved), the attention into the store, and heatmaps.
     Raises UsageError, RunStopped.
     """
-    is_store = (Path(source) / "run.json").is_file()
+    is_store = (placed(source) / "run.json").is_file()
     if not is_store and out is None and not options and not zoom and FeatureFiles.are_in(source):
         return _predict_files(FeatureFiles(source), model, folds, vote)
     if not is_store and out is None:
@@ -320,7 +321,7 @@ def predict(
         raise UsageError(f"{source} is an output folder, which is predicted as it is: leave {flags} out")
     from .prediction import choose_models  # torch, which `run` does not need in this process
 
-    place = Path(os.path.abspath(source if is_store else out or ""))
+    place = placed(source if is_store else out or "")
     trained = choose_models(model, place, folds, vote)
     if trained.head.needs.pixels:
         if zoom:
@@ -376,11 +377,11 @@ def _predict_pixels(
     if options:
         raise UsageError(f"{', '.join(options)}: {model.name} reads pixels in this process, without an encoder")
     progress = progress or Silent()
-    if (out / "run.json").is_file() and os.path.abspath(source) == str(out):
+    if (out / "run.json").is_file() and placed(source) == out:
         store = BagStore(out)
         slides = [slide for slide in store.slides() if store.group(slide).status == "complete"]
         return predict_pictures(Pictures.of_store(store, slides), slides, model, out, progress, stored=True)
-    if os.path.abspath(source) == str(out):
+    if placed(source) == out:
         images = ImageFolder(source)
         pictures, slides = images.pictures(images.slides()), images.slides()
     else:

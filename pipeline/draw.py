@@ -1,6 +1,5 @@
 """Pictures of one slide: the thumbnail with the tissue's contour and the quadtree drawn on it, and heatmaps."""
 
-import os
 import struct
 import zlib
 from pathlib import Path
@@ -9,6 +8,7 @@ import cv2
 import imagecodecs
 import numpy as np
 
+from .places import put
 from .quadtree import QuadTree
 from .tissue import TissueMask
 
@@ -122,10 +122,7 @@ def _sides(boxes: np.ndarray, scale: tuple[float, float]) -> np.ndarray:
 
 def save_png(path: Path, picture: np.ndarray) -> None:
     """Write an RGB picture in one step. Raises OSError if it cannot be written."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{os.fsdecode(os.fsencode(path.name)[:200])}.{os.getpid()}.partial")
-    part.write_bytes(_png(picture))
-    os.replace(part, path)
+    put(path, _png(picture))
 
 
 def _png(picture: np.ndarray) -> bytes:

@@ -7,6 +7,7 @@ import shlex
 import sys
 import tempfile
 import time
+import uuid
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,9 @@ from .config import difference
 from .errors import UsageError
 from .folder import Folder
 from .leases import FOLDER, Holder, held, living
+from .objects import answer_words
 from .outcome import Report, read_outcomes
+from .places import is_remote, put
 from .stages import Recipe, versions
 from .store import BagStore, SlideGroup, read_attrs
 
@@ -48,6 +51,14 @@ def check_out(out: Path, folder: Folder, recipe: Recipe, redo: bool) -> None:
 
 def require_writable(out: Path) -> None:
     """UsageError if OUT cannot be written to, or made; leaves nothing behind."""
+    if is_remote(out):
+        probe = out / f".probe-{uuid.uuid4().hex}"
+        try:
+            probe.write_bytes(b"")
+            probe.unlink()
+        except OSError as error:
+            raise UsageError(f"{out} cannot be written to: {answer_words(error)}") from error
+        return
     there = next(folder for folder in (out, *out.parents) if folder.exists())
     for folder in (there, out / FOLDER):  # the second may be another user's
         try:
@@ -60,6 +71,8 @@ def require_writable(out: Path) -> None:
 
 
 def make_writable(out: Path) -> None:
+    if is_remote(out):
+        return
     probe = out / f".probe-{os.getpid()}"
     try:
         for name in ("slides", "qc", "logs"):
@@ -71,9 +84,7 @@ def make_writable(out: Path) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    part = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    part.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n")
-    os.replace(part, path)
+    put(path, (json.dumps(value, indent=1, sort_keys=True) + "\n").encode())
 
 
 def machine() -> dict[str, Any]:

@@ -16,6 +16,8 @@ PACKAGES = ("pipeline", "extractors", "heads")
 ORDER = (
     *(
         "errors",
+        "objects",
+        "places",
         "doubling",
         "meter",
         "saving",
@@ -82,6 +84,8 @@ ONLY_IN = {
     "distributed": ("pipeline/cluster.py", "pipeline/deploy.py"),
     "dask_jobqueue": ("pipeline/deploy.py",),
     "zarr": ("pipeline/arrays.py",),
+    "s3fs": ("pipeline/objects.py",),
+    "botocore": ("pipeline/objects.py",),
     "openslide": ("pipeline/readers/",),
     "tiffslide": ("pipeline/readers/",),
 }

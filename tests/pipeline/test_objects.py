@@ -1,0 +1,325 @@
+"""Output folders and slides on an object store: a real server of this machine, whole runs, a bad network."""
+
+import os
+import random
+import socket
+import subprocess
+import sys
+import threading
+import time
+from contextlib import closing, suppress
+from pathlib import Path
+
+import numpy as np
+import pytest
+from skimage.data import immunohistochemistry
+
+from pipeline import BagStore
+from pipeline.arrays import StoredArray, read_attrs
+from pipeline.demo import write_slide
+from pipeline.errors import RunStopped, UsageError
+from pipeline.objects import ObjectPath
+from pipeline.places import placed
+
+pytest.importorskip("s3fs", reason="s3fs is not installed: pip install 'slidestream[s3]'")
+pytest.importorskip("moto.server", reason="no S3 server: pip install 'moto[server]'")
+
+SERVER = Path(__file__).with_name("s3_server.py")
+ROOT = Path(__file__).parents[2]
+CLI = [sys.executable, "-c", "from pipeline.cli import main; main()"]
+OPTIONS = ["-e", "lab_lbp", "--tile-px", "64", "--levels", "2", "--workers", "2"]
+
+
+class Proxy:
+    """Stands on a port of its own before a server's. `faults`: the share of answers' pieces that meet one."""
+
+    def __init__(self, server_port, seed=0):
+        self.server_port, self.faults, self.counts = server_port, 0.0, {"refused": 0, "delayed": 0, "cut": 0, "up": 0}
+        self._random, self._lock = random.Random(seed), threading.Lock()
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self._listener.getsockname()[1]
+        threading.Thread(target=self._serve, daemon=True).start()
+
+    def _draw(self):
+        """What happens to this piece: None, or refused, delayed, cut."""
+        with self._lock:
+            if self._random.random() >= self.faults:
+                return None, 0.0
+            kind = self._random.choice(["refused", "delayed", "cut"])
+            return kind, self._random.random()
+
+    def _serve(self):
+        while True:
+            try:
+                client, _ = self._listener.accept()
+            except OSError:
+                return
+            threading.Thread(target=self._connect, args=(client,), daemon=True).start()
+
+    def _connect(self, client):
+        kind, _ = self._draw()
+        if kind == "refused":
+            self.counts["refused"] += 1
+            client.close()
+            return
+        try:
+            server = socket.create_connection(("127.0.0.1", self.server_port))
+        except OSError:
+            client.close()
+            return
+        for source, sink, name in ((client, server, "up"), (server, client, "cut")):
+            threading.Thread(target=self._pump, args=(source, sink, name), daemon=True).start()
+
+    def _pump(self, source, sink, name):
+        """One direction; cut in the midst of a piece, so that a part of it has arrived."""
+        try:
+            while data := source.recv(1 << 15):
+                kind, where = self._draw()
+                if kind == "delayed":
+                    self.counts["delayed"] += 1
+                    time.sleep(0.3 * where)
+                elif kind == "cut":
+                    self.counts[name] += 1
+                    sink.sendall(data[: int(len(data) * where)])
+                    break
+                sink.sendall(data)
+        except OSError:
+            pass
+        for end in (source, sink):
+            with suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+            end.close()
+
+    def close(self):
+        self._listener.close()
+
+
+class Server:
+    """moto's, with a journal: it may be killed and started again."""
+
+    def __init__(self, folder):
+        with closing(socket.create_server(("127.0.0.1", 0))) as free:
+            self.port = free.getsockname()[1]
+        self._command = [sys.executable, SERVER, str(self.port), str(folder / "journal")]
+        self.start()
+
+    def start(self):
+        self._process = subprocess.Popen(self._command)
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            try:
+                socket.create_connection(("127.0.0.1", self.port)).close()
+                return
+            except OSError:
+                time.sleep(0.05)
+        raise AssertionError("the server did not start")
+
+    def kill(self):
+        self._process.kill()
+        self._process.wait()
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    server = Server(tmp_path_factory.mktemp("server"))
+    yield server
+    server.kill()
+
+
+@pytest.fixture(scope="module")
+def proxy(server):
+    proxy = Proxy(server.port)
+    yield proxy
+    proxy.close()
+
+
+@pytest.fixture(scope="module")
+def environment(proxy):
+    """All requests go through the proxy, which does no harm unless it is told to."""
+    return {
+        "AWS_ACCESS_KEY_ID": "nobody",
+        "AWS_SECRET_ACCESS_KEY": "secret",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{proxy.port}",
+        "SLIDESTREAM_NETWORK": "20",
+    }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _reached(environment):
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        from pipeline.objects import _made, _store
+
+        _made.cache_clear()
+        _store().mkdir("bucket")
+        yield
+        _made.cache_clear()
+
+
+@pytest.fixture
+def place(request):
+    """A folder of the test's own in the bucket."""
+    return placed(f"s3://bucket/{request.node.name}")
+
+
+def command(*arguments, check=0, **environment):
+    """The console command; its lines."""
+    done = subprocess.run(
+        [*CLI, *map(str, arguments)],
+        env=os.environ | {"PYTHONPATH": str(ROOT)} | environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == check, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def make_slides(folder, count=3, side=700):
+    base = immunohistochemistry()
+    for i in range(count):
+        rng = np.random.default_rng(i)
+        pixels = np.tile(base, (-(-side // 512), -(-side // 512), 1))[:side, :side].astype(np.int16)
+        pixels = np.clip(pixels + rng.integers(-12, 13, pixels.shape), 0, 255).astype(np.uint8)
+        pixels[:, : side // 5] = 244
+        write_slide(folder / f"case{i % 2}" / f"s{i}.svs", pixels, 0.5, downsamples=(4,))
+
+
+def contents(folder):
+    """{path: bytes} of all chunks, and of qc pictures; documents hold times."""
+    files = folder.below() if isinstance(folder, ObjectPath) else [p for p in folder.rglob("*") if p.is_file()]
+    names = [str(f) if isinstance(folder, ObjectPath) else str(f.relative_to(folder)) for f in files]
+    kept = [n for n in names if n.startswith(("slides/", "qc/", "predictions/")) and not n.endswith("zarr.json")]
+    return {name: (folder / name).read_bytes() for name in kept}
+
+
+@pytest.fixture(scope="module")
+def slides(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("slides")
+    make_slides(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def local(tmp_path_factory, slides):
+    """What an undisturbed run makes of them on a disk."""
+    out = tmp_path_factory.mktemp("local") / "out"
+    command("run", slides, "-o", out, *OPTIONS)
+    return out
+
+
+# -- paths ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["a.svs", "c[x]*#?v=3.svs", "two words ü.svs", "a::b", "%41+"])
+def test_any_name_is_written_and_found(place, name):
+    path = place / "folder" / name
+    path.write_bytes(b"12345")
+    assert path.read_bytes() == b"12345"
+    assert path.read_range(1, 3) == b"23"
+    assert path.stat().st_size == 5
+    assert [p.name for p in (place / "folder").iterdir()] == [name]
+    assert [str(p) for p in place.below()] == [f"folder/{name}"]
+    place.remove_tree()
+    assert not path.exists()
+    assert not place.exists()
+
+
+def test_folders_are_what_lies_in_them(place):
+    for name in ("a/1", "a/b/2", "c.zarr/zarr.json"):
+        (place / name).write_bytes(b"x")
+    assert (place / "a").is_dir()
+    assert not (place / "a").is_file()
+    assert (place / "a/1").is_file()
+    assert not (place / "a/").joinpath("none").exists()
+    assert list((place / "none").iterdir()) == []
+    assert [(str(f.relative_to(place)), d, n) for f, d, n in place.walk()] == [
+        (".", ["a", "c.zarr"], []),
+        ("a", ["b"], ["1"]),
+        ("a/b", [], ["2"]),
+        ("c.zarr", [], ["zarr.json"]),
+    ]
+    assert [p.name for p in place.glob("*/zarr.json")] == ["zarr.json"]
+    assert [p.name for p in place.glob("a/*")] == ["1", "b"]
+    with pytest.raises(FileNotFoundError):
+        (place / "none").read_bytes()
+
+
+def test_an_address_with_credentials_is_refused_and_not_repeated():
+    with pytest.raises(UsageError) as refused:
+        placed("s3://key:hunter2@bucket/out")
+    assert "hunter2" not in str(refused.value)
+
+
+@pytest.mark.parametrize("text", ["s3://", "s3://b/x", "s3://bucket/../x", "gs://bucket/x", "http://host/x"])
+def test_other_addresses_are_refused(text):
+    with pytest.raises(UsageError):
+        placed(text)
+
+
+def test_it_is_no_file_of_this_machine(place):
+    with pytest.raises(TypeError, match="no file of this machine"):
+        (place / "x").__fspath__()
+
+
+def test_what_cannot_be_reached_is_not_what_is_not_there(place, proxy, monkeypatch):
+    monkeypatch.setenv("SLIDESTREAM_NETWORK", "0.5")
+    monkeypatch.setattr(proxy, "faults", 1.0)
+    monkeypatch.setattr(proxy, "_draw", lambda: ("refused", 0.0))
+    started = time.monotonic()
+    with pytest.raises(RunStopped, match="cannot be reached"):
+        read_attrs(place)
+    with pytest.raises(RunStopped):
+        place.exists()
+    assert time.monotonic() - started < 10
+    monkeypatch.undo()
+    assert read_attrs(place) == {}
+
+
+def test_a_bucket_that_is_not_there(slides):
+    said = command("run", slides, "-o", "s3://nobucket/out", *OPTIONS, check=1)
+    assert "there is no such bucket" in said
+
+
+def test_an_array_is_the_same_bytes_and_damage_is_seen(place, tmp_path):
+    data = np.arange(5000, dtype=np.float32).reshape(1000, 5)
+    for where in (place, tmp_path / "a"):
+        array = StoredArray.create(where / "x", data.shape, data.dtype, 300)
+        for chunk in array.chunks:
+            array.write_chunk(chunk, data[array.rows(chunk)])
+    on_disk = {str(p.relative_to(tmp_path / "a")): p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    assert {str(name): (place / name).read_bytes() for name in place.below()} == on_disk
+    found = StoredArray.open(place / "x")
+    assert np.array_equal(found.read(), data)
+    with pytest.raises(FileExistsError):
+        StoredArray.create(place / "x", data.shape, data.dtype, 300)
+    chunk = place / "x/c/1/0"
+    whole = chunk.read_bytes()
+    chunk.write_bytes(whole[:-9] + b"?" + whole[-8:])
+    assert found.is_damaged(1)
+    chunk.unlink()
+    assert found.missing() == [1]
+
+
+# -- whole runs -------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_to_an_object_store(place, slides, local):
+    said = command("run", slides, "-o", place, *OPTIONS)
+    assert "3 done" in said
+    assert contents(place) == contents(local)
+    assert "3 done" in command("status", place)
+    assert "3 slides: 3 whole" in command("verify", place)
+    assert "3 finished before, 0 to do" in command("run", slides, "-o", place, *OPTIONS)
+    name = "case0/s0.svs"
+    ours, theirs = BagStore(str(place)).bag(name), BagStore(local).bag(name)
+    assert np.array_equal(ours.levels[-1].features, theirs.levels[-1].features)
+    left = [str(path) for path in (place / ".runs").below()]
+    assert left == [], "the last run sweeps"
+    chunk = next(p for p in BagStore(place).group(name).path.rglob("0") if "/x/" in str(p))
+    chunk.unlink()
+    assert "1 damaged" in command("verify", place, check=3)
+    assert "1 to do" in command("run", slides, "-o", place, *OPTIONS)
+    assert contents(place) == contents(local)
