@@ -38,7 +38,7 @@ from .fingerprint import device
 from .leases import require_current
 from .meter import Meter
 from .outcome import Outcome, failed
-from .places import placed
+from .places import is_remote, placed
 from .stages import Recipe, SlideFile, encode, open_encoder, prepare
 from .worker import Watch, expect, importing, set_up_process
 
@@ -278,7 +278,7 @@ class _Disks:
 
     def __init__(self, files: list[SlideFile]) -> None:
         with machine_door():
-            real = {file.name: Path(os.path.realpath(file.path)) for file in files}
+            real = {f.name: f.path if is_remote(f.path) else Path(os.path.realpath(f.path)) for f in files}
             self._known = {name: (path, device(path)) for name, path in real.items()}
 
     def require(self, slide: str) -> None:

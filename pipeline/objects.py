@@ -25,6 +25,7 @@ from typing import Any, NamedTuple, TypeVar
 from .errors import RunStopped, UsageError
 
 T = TypeVar("T")
+NO_SUCH_RANGE = ("InvalidRange", "416")
 SCHEME = "s3:"
 BUCKET = r"[A-Za-z0-9._-]{3,255}"
 PATIENCE_S = 60.0  # SLIDESTREAM_NETWORK says otherwise
@@ -69,8 +70,15 @@ class ObjectPath(PurePosixPath):
         return self._ask(lambda store: bytes(store.cat_file(self.key)))
 
     def read_range(self, start: int, stop: int) -> bytes:
-        """Bytes start:stop; less at the end of the object."""
-        return self._ask(lambda store: bytes(store.cat_file(self.key, start=start, end=stop)))
+        """Bytes start:stop; less at the end of the object, none beyond it."""
+        try:
+            return self._ask(lambda store: bytes(store.cat_file(self.key, start=start, end=stop)))
+        except ANSWERS:
+            raise
+        except OSError as error:
+            if _code(error) not in NO_SUCH_RANGE:
+                raise
+            return b""
 
     def write_bytes(self, data: bytes | memoryview) -> None:
         self._ask(lambda store: store.pipe_file(self.key, bytes(data)))
@@ -118,6 +126,13 @@ class ObjectPath(PurePosixPath):
         for name in self.below():
             if fnmatchcase(name.name, pattern):
                 yield self / name
+
+    def matching(self, pattern: str) -> Iterator["ObjectPath"]:
+        """The objects below whose path fits, with ** for any folders; sorted."""
+        from fsspec.utils import glob_translate
+
+        fits = re.compile(glob_translate(pattern))
+        yield from (self / name for name in self.below() if fits.match(str(name)))
 
     def walk(self) -> Iterator[tuple["ObjectPath", list[str], list[str]]]:
         """(folder, its folders, its objects), as os.walk; names that are taken out of the folders are not walked."""
@@ -241,7 +256,7 @@ def _patient(request: Callable[[], T], name: str) -> T:
             _patience.gave_up = -1e9
             raise
         except _faults() as error:
-            if isinstance(error, OSError) and error.errno == errno.ENOSYS:
+            if _is_answer(error):
                 raise
             if _is_usage(error):
                 raise UsageError(f"{name}: {error}") from error
@@ -251,6 +266,16 @@ def _patient(request: Callable[[], T], name: str) -> T:
                 raise RunStopped(f"{name} cannot be reached: {words[:300]}") from error
         time.sleep(pause * random.uniform(0.5, 1.0))
         pause = min(2 * pause, LONGEST_PAUSE_S)
+
+
+def _is_answer(error: Exception) -> bool:
+    """The server cannot do this at all (it creates no objects), or an object has no such bytes."""
+    return isinstance(error, OSError) and (error.errno == errno.ENOSYS or _code(error) in NO_SUCH_RANGE)
+
+
+def _code(error: Exception) -> str:
+    """S3's own name of an error."""
+    return str(getattr(error.__cause__, "response", {}).get("Error", {}).get("Code", ""))
 
 
 def _is_usage(error: Exception) -> bool:

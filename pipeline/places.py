@@ -4,16 +4,19 @@ A place is a Path, or an ObjectPath that has those of its methods that are used 
 a file on a disk is written aside and renamed, an object is put whole; folders on a disk are walked and deleted.
 """
 
+import io
 import os
 import shutil
 import uuid
-from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import cast
 
 from .errors import UsageError
 from .objects import ObjectPath, object_path, unlink_objects
+from .ranges import RangedFile
 
 
 def placed(text: str | Path) -> Path:
@@ -63,6 +66,30 @@ def put(path: Path, data: bytes | memoryview) -> None:
         with suppress(OSError):
             os.unlink(part)
         raise
+
+
+def opened(path: Path) -> io.BufferedReader:
+    """A file to read; `read_at` reads it from many threads."""
+    if isinstance(path, ObjectPath):
+        return io.BufferedReader(RangedFile(path))
+    return open(path, "rb")
+
+
+def read_at(file: io.BufferedReader) -> Callable[[int, int], bytes]:
+    """(count, offset) → the bytes that stand there; its position is not used."""
+    raw: object = file.raw
+    return raw.pread if isinstance(raw, RangedFile) else partial(os.pread, file.fileno())
+
+
+@contextmanager
+def honest(file: io.BufferedReader) -> Iterator[None]:
+    """Around a library that reads a file: what it makes of a read that failed is not what the file says."""
+    try:
+        yield
+    finally:
+        raw: object = file.raw
+        if isinstance(raw, RangedFile) and raw.fault is not None:
+            raise raw.fault
 
 
 def remove_tree(path: Path, ignore_errors: bool = False) -> None:

@@ -25,7 +25,7 @@ from heads.tasks import Task, task_of
 
 from .draw import heatmap, save_png
 from .errors import BrokenBag, UsageError
-from .places import placed, put
+from .places import placed, put, typed
 from .quadtree import QuadTree
 from .saving import Saving
 from .store import BagStore, SlideGroup, read_attrs, short_name
@@ -85,10 +85,10 @@ def save_model(folder: Path, head: Head, about: dict[str, Any]) -> None:
 
 def find_model(model: str | Path, out: Path | None) -> Path:
     """A model's folder: the path itself, or a name below OUT/models. Raises UsageError."""
-    tried = [placed(model)] + ([out / "models" / model] if out is not None else [])
+    tried = [typed(model)] + ([out / "models" / model] if out is not None else [])
     for folder in tried:
         if (folder / "model.json").is_file():
-            return folder
+            return placed(folder)
     there = sorted(p.parent.name for p in (out / "models").glob("*/model.json")) if out is not None else []
     known = f"; models there: {', '.join(there)}" if there else ""
     raise UsageError(f"no model at {' or '.join(str(f) for f in tried)} (a folder with model.json){known}")

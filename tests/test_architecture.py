@@ -17,6 +17,7 @@ ORDER = (
     *(
         "errors",
         "objects",
+        "ranges",
         "places",
         "doubling",
         "meter",

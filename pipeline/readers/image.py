@@ -6,6 +6,7 @@ import numpy as np
 from PIL import Image
 
 from ..errors import UnreadableSlide
+from ..places import honest, opened
 from ..scale import ScaleTags
 from ..slide import Slide, make_levels
 
@@ -16,7 +17,7 @@ VERSION = f"pillow {Image.__version__}"
 
 
 def open(path: Path) -> Slide:
-    with Image.open(path, formats=FORMATS) as image:
+    with opened(path) as file, honest(file), Image.open(file, formats=FORMATS) as image:
         width, height = image.size
         if width * height > MAX_PIXELS:
             raise UnreadableSlide(

@@ -24,7 +24,8 @@ DEFLATE = {8, 32946}
 
 def structure_fault(file: BinaryIO) -> str:
     """Why the file is not a whole TIFF file, or "": its directories, their tables, and where its pixel data end."""
-    size = os.fstat(file.fileno()).st_size
+    size = file.seek(0, os.SEEK_END)
+    file.seek(0)
     with tifffile.TiffFile(file) as tif:
         fault = _chain_fault(file, tif, size)
         if fault:

@@ -12,12 +12,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tifffile
 from skimage.data import immunohistochemistry
 
-from pipeline import BagStore
+from pipeline import BagStore, open_slide, ranges
 from pipeline.arrays import StoredArray, read_attrs
 from pipeline.demo import write_slide
-from pipeline.errors import RunStopped, UsageError
+from pipeline.errors import RunStopped, UnreadableSlide, UsageError
+from pipeline.fingerprint import fingerprint
+from pipeline.folder import find_slides
 from pipeline.objects import ObjectPath
 from pipeline.places import placed
 
@@ -323,3 +326,123 @@ def test_a_run_to_an_object_store(place, slides, local):
     assert "1 damaged" in command("verify", place, check=3)
     assert "1 to do" in command("run", slides, "-o", place, *OPTIONS)
     assert contents(place) == contents(local)
+
+
+# -- slides that lie there --------------------------------------------------------------------------------------------
+
+
+def upload(folder, place):
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        (place / str(path.relative_to(folder))).write_bytes(path.read_bytes())
+    return place
+
+
+@pytest.fixture(scope="module")
+def remote_slides(slides):
+    return upload(slides, placed("s3://bucket/slides"))
+
+
+def test_slides_are_found_as_on_a_disk(place, tmp_path):
+    for name in (
+        "a/b.svs",
+        "a/c[1].tif",
+        "d.mrxs",
+        "d/Slide1.dat",
+        "e/notes.txt",
+        ".hidden.svs",
+        "out/x.png",
+        "f.zarr/g",
+    ):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"x")
+    (tmp_path / "nameless").write_bytes(b"II*\0" + bytes(200))
+    (tmp_path / "t.csv").write_text("slide\na/b.svs\n")
+    upload(tmp_path, place)
+    for words in ("", "/a", "/a/*.svs", "/**/*.svs", "/a/b.svs", "/t.csv", "/*/c[[]1].tif"):
+        here, there = find_slides(f"{tmp_path}{words}", tmp_path / "out"), find_slides(f"{place}{words}", place / "out")
+        assert list(there.files) == list(here.files) != []
+        assert str(there.root).removeprefix(str(place)) == str(here.root).removeprefix(str(tmp_path))
+    for words in ("/none", "/e", "/x*.svs"):
+        with pytest.raises(UsageError):
+            find_slides(f"{place}{words}")
+    (place / "out.csv").write_bytes(b"slide\n../x.svs\n")
+    with pytest.raises(UsageError, match="outside the table's folder"):
+        find_slides(place / "out.csv")
+
+
+def test_a_slide_is_read_as_from_a_disk(slides, remote_slides):
+    name = "case0/s0.svs"
+    assert fingerprint(remote_slides / name)[::2] == fingerprint(slides / name)[::2]
+    with open_slide(remote_slides / name) as there, open_slide(slides / name) as here:
+        assert (there.levels, there.mpp, there.reader, there.vendor) == (
+            here.levels,
+            here.mpp,
+            here.reader,
+            here.vendor,
+        )
+        assert np.array_equal(there.read(-7, 30, 0, 400, 333), here.read(-7, 30, 0, 400, 333))
+
+
+def test_a_file_of_ranges_is_the_file(place, monkeypatch):
+    monkeypatch.setattr(ranges, "BLOCK", 100)
+    monkeypatch.setattr(ranges, "KEPT", 3)
+    monkeypatch.setattr(ranges, "LARGE", 400)
+    data = np.random.default_rng(0).bytes(1234)
+    (place / "x").write_bytes(data)
+    file = ranges.RangedFile(place / "x")
+    chooser = random.Random(0)
+    for _ in range(60):
+        count, offset = chooser.randrange(600), chooser.randrange(1400)
+        assert file.pread(count, offset) == data[offset : offset + count]
+    file.seek(-34, 2)
+    assert file.read() == data[1200:]
+    (place / "x").unlink()
+    with pytest.raises(UnreadableSlide, match="not there any more"):
+        file.pread(500, 700)
+    assert isinstance(file.fault, UnreadableSlide)
+
+
+def test_what_only_openslide_reads_is_refused_in_words(place, tmp_path):
+    (place / "a.mrxs").write_bytes(b"\0\1\2\3" * 100)
+    tifffile.imwrite(tmp_path / "j2k.tif", np.zeros((512, 512, 3), np.uint8), tile=(256, 256), compression="jpeg2000")
+    upload(tmp_path, place)
+    for name in ("a.mrxs", "j2k.tif"):
+        with pytest.raises(UnreadableSlide, match="reads from disks only: copy the slide to one"):
+            open_slide(place / name, mpp=0.5)
+    with open_slide(place / "j2k.tif", mpp=0.5, reader="tiffslide") as slide:
+        assert slide.read(0, 0, 0, 10, 10).max() == 0
+
+
+def test_a_network_that_fails_is_no_damaged_slide(remote_slides, proxy, monkeypatch):
+    """tifffile tells a directory that it cannot read in a log, and goes on with fewer levels."""
+    monkeypatch.setenv("SLIDESTREAM_NETWORK", "0")
+    reached = ObjectPath.read_range
+    for good in range(3):
+        left = [good]
+
+        def read(path, start, stop, left=left):
+            left[0] -= 1
+            if left[0] < 0:
+                raise RunStopped("the network is gone")
+            return reached(path, start, stop)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(ranges, "BLOCK", 1 << 14)
+            patch.setattr(ObjectPath, "read_range", read)
+            with pytest.raises(RunStopped, match="gone"):
+                open_slide(remote_slides / "case0/s0.svs").close()
+
+
+def test_a_run_from_and_to_an_object_store(place, remote_slides, local):
+    assert "3 done" in command("run", remote_slides, "-o", place / "out", *OPTIONS)
+    assert contents(place / "out") == contents(local)
+    assert "3 slides: 3 whole" in command("verify", place / "out", "--deep")
+    assert "3 finished before, 0 to do" in command("run", remote_slides, "-o", place / "out", *OPTIONS)
+    run_json = (place / "out/run.json").read_bytes().decode()
+    assert "secret" not in run_json
+    assert "nobody" not in run_json
+
+
+def test_slides_there_and_features_here(tmp_path, remote_slides, local):
+    command("run", remote_slides, "-o", tmp_path / "out", *OPTIONS)
+    assert contents(tmp_path / "out") == contents(local)
