@@ -2,6 +2,8 @@
 
 import os
 import random
+import re
+import signal
 import socket
 import subprocess
 import sys
@@ -15,13 +17,14 @@ import pytest
 import tifffile
 from skimage.data import immunohistochemistry
 
-from pipeline import BagStore, open_slide, ranges
+from pipeline import BagStore, leases, open_slide, ranges
 from pipeline.arrays import StoredArray, read_attrs
 from pipeline.demo import write_slide
 from pipeline.errors import RunStopped, UnreadableSlide, UsageError
 from pipeline.fingerprint import fingerprint
 from pipeline.folder import find_slides
 from pipeline.objects import ObjectPath
+from pipeline.outcome import Outcome, read_outcomes
 from pipeline.places import placed
 
 pytest.importorskip("s3fs", reason="s3fs is not installed: pip install 'slidestream[s3]'")
@@ -446,3 +449,136 @@ def test_a_run_from_and_to_an_object_store(place, remote_slides, local):
 def test_slides_there_and_features_here(tmp_path, remote_slides, local):
     command("run", remote_slides, "-o", tmp_path / "out", *OPTIONS)
     assert contents(tmp_path / "out") == contents(local)
+
+
+# -- several runs at once ---------------------------------------------------------------------------------------------
+
+
+def until(condition, seconds=30.0):
+    deadline = time.monotonic() + seconds
+    while not (found := condition()) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return found
+
+
+HOLD = """
+import sys
+from pipeline.leases import joined
+from pipeline.places import placed
+with joined(placed(sys.argv[1]), "work") as leases:
+    leases.take("a.svs")
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def other(place):
+    """A run in another process, which holds a.svs."""
+    code = [sys.executable, "-c", HOLD, str(place)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(code, stdin=-1, stdout=subprocess.PIPE, env=environment) as process:
+        assert process.stdout.readline() == b"held\n"
+        yield process
+        process.kill()
+
+
+def test_a_slide_is_held_by_one_run(place, other):
+    with leases.joined(place, "work") as ours:
+        assert ours.take("a.svs").pid == other.pid
+        assert ours.take("b.svs") is None
+        assert {slide: holder.pid for slide, holder in leases.held(place).items()} == {
+            "a.svs": other.pid,
+            "b.svs": os.getpid(),
+        }
+        other.kill()
+        other.wait()
+        assert ours.take("a.svs") is None, "a process of this machine that is gone is gone at once"
+        ours.settle("a.svs", Outcome("a.svs", "done", tiles=7))
+    assert list((place / leases.FOLDER).below()) == []
+
+
+def test_a_silent_run_of_another_machine_is_followed_and_stops(place, other, monkeypatch):
+    """There are no locks: its age alone tells. One that was buried must not come back by its next heartbeat."""
+    monkeypatch.setattr(leases, "EXPIRY", 3.0)
+    monkeypatch.setattr(leases, "BEAT", 0.5)
+    monkeypatch.setattr(leases, "_processes", lambda: "of another machine")
+    with leases.joined(place, "work") as ours:
+        other.send_signal(signal.SIGSTOP)
+        assert until(lambda: ours.take("a.svs") is None)
+        assert len(leases.living(place)) == 1
+        other.send_signal(signal.SIGCONT)
+        time.sleep(2 * 5.0)  # its own heartbeat
+        assert len(leases.living(place)) == 1
+
+
+def test_a_run_that_stood_still_finds_out_by_itself(place, monkeypatch):
+    """Nobody buried it: but others may have judged so just now."""
+    monkeypatch.setattr(leases, "EXPIRY", 2.0)
+    monkeypatch.setattr(leases, "BEAT", 0.2)
+    with leases.joined(place, "work") as ours:
+        monkeypatch.setattr(ours._stopped, "wait", lambda _: time.sleep(4) or False)
+        assert until(lambda: ours._fault)
+        with pytest.raises(RunStopped, match="silent for"):
+            ours.take("a.svs")
+
+
+def test_two_that_want_it_at_the_same_moment_never_both_have_it(place):
+    names, got = [f"{i}.svs" for i in range(25)], {}
+    with leases.joined(place, "work") as first, leases.joined(place, "work") as second:
+        start = threading.Barrier(2)
+
+        def want(name, run):
+            start.wait()
+            got[name] = {slide for slide in names if run.take(slide) is None}
+
+        threads = [threading.Thread(target=want, args=pair) for pair in (("one", first), ("two", second))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert got["one"] & got["two"] == set()
+        for slide in set(names) - got["one"] - got["two"]:
+            assert first.take(slide) is None
+
+
+def test_a_guard_is_held_by_one_and_outlived(place, monkeypatch):
+    inside, most = [0], [0]
+
+    def add():
+        for _ in range(3):
+            with leases.alone(place):
+                inside[0] += 1
+                most[0] = max(most[0], inside[0])
+                (place / "count").write_bytes(str(int((place / "count").read_bytes()) + 1).encode())
+                inside[0] -= 1
+
+    (place / "count").write_bytes(b"0")
+    threads = [threading.Thread(target=add) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert (most[0], (place / "count").read_bytes()) == (1, b"12")
+    monkeypatch.setattr(leases, "GUARDED_S", 1.0)
+    (place / leases.FOLDER / leases.GUARD).write_bytes(b"of a run that was killed")
+    add()
+    assert (place / "count").read_bytes() == b"15"
+
+
+def test_two_runs_share_one_output_folder(place, tmp_path):
+    make_slides(tmp_path / "slides", 8, 500)
+    there = upload(tmp_path / "slides", place / "slides")
+    code = [*CLI, "run", str(there), "-o", str(place / "out"), *OPTIONS[:-1], "1"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    runs = [subprocess.Popen(code, stdout=subprocess.PIPE, text=True, env=environment) for _ in range(2)]
+    said = [run.communicate(timeout=300)[0] for run in runs]
+    assert [run.returncode for run in runs] == [0, 0], said
+    command("run", tmp_path / "slides", "-o", tmp_path / "out", *OPTIONS)
+    assert contents(place / "out") == contents(tmp_path / "out")
+    rows = read_outcomes(place / "out/slides.csv")
+    assert [row.status for row in rows] == ["done"] * 8
+    encoded = [int(found) for words in said for found in re.findall(r"(\d+) tiles encoded", words)]
+    assert sum(encoded) == sum(row.tiles for row in rows), "no tile was encoded twice"
+    assert list((place / "out/.runs").below()) == []
+    command("verify", place / "out")
