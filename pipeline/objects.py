@@ -216,6 +216,8 @@ def _made() -> Any:
         config_kwargs=config, use_listings_cache=False, skip_instance_cache=True, max_concurrency=1
     )
     store.retries = 1
+    # A connection that is cut leaves tasks that nobody asks for; their tracebacks would go to the terminal.
+    store.loop.call_soon_threadsafe(store.loop.set_exception_handler, lambda *_: None)
     return store
 
 

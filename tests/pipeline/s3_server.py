@@ -10,6 +10,7 @@ import pickle
 import sys
 from pathlib import Path
 
+import moto.s3.models
 from moto.server import DomainDispatcherApplication, create_backend_app
 from werkzeug.serving import run_simple
 from werkzeug.test import Client
@@ -28,17 +29,19 @@ class Journal:
     def _replay(self):
         if not self._path.exists():
             return
-        client = Client(self._app)
+        client, now = Client(self._app), moto.s3.models.utcnow
         with open(self._path, "rb") as file:
             try:
                 while True:
-                    kept, body = pickle.load(file)
+                    when, kept, body = pickle.load(file)
+                    moto.s3.models.utcnow = lambda when=when: when  # of which an object's time is taken
                     path = kept.get("RAW_URI", kept["PATH_INFO"])
                     headers = {k[5:].replace("_", "-"): v for k, v in kept.items() if k.startswith("HTTP_")}
                     headers |= {"Content-Type": kept["CONTENT_TYPE"]} if kept.get("CONTENT_TYPE") else {}
                     client.open(path, method=kept["REQUEST_METHOD"], headers=headers, data=body)
             except (EOFError, pickle.UnpicklingError):  # killed while it wrote: that was never answered
                 pass
+        moto.s3.models.utcnow = now
 
     def __call__(self, environ, start_response):
         if environ["REQUEST_METHOD"] not in ("PUT", "DELETE", "POST"):
@@ -55,10 +58,11 @@ class Journal:
             answered.append(status)
             return start_response(status, headers, *rest)
 
+        when = moto.s3.models.utcnow()
         answer = list(self._app(environ, start))
         if answered[0].startswith("2"):
             kept = {k: v for k, v in environ.items() if k in KEPT or k.startswith("HTTP_")}
-            self._file.write(pickle.dumps((kept, body)))
+            self._file.write(pickle.dumps((when, kept, body)))
         return answer
 
 

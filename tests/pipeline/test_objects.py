@@ -46,6 +46,12 @@ class Proxy:
         self.port = self._listener.getsockname()[1]
         threading.Thread(target=self._serve, daemon=True).start()
 
+    def disturb(self, faults, seed=0):
+        """From now on; what happened before is not counted."""
+        with self._lock:
+            self.faults, self.counts = faults, dict.fromkeys(self.counts, 0) if faults else self.counts
+            self._random = random.Random(seed)
+
     def _draw(self):
         """What happens to this piece: None, or refused, delayed, cut."""
         with self._lock:
@@ -272,7 +278,6 @@ def test_it_is_no_file_of_this_machine(place):
 
 def test_what_cannot_be_reached_is_not_what_is_not_there(place, proxy, monkeypatch):
     monkeypatch.setenv("SLIDESTREAM_NETWORK", "0.5")
-    monkeypatch.setattr(proxy, "faults", 1.0)
     monkeypatch.setattr(proxy, "_draw", lambda: ("refused", 0.0))
     started = time.monotonic()
     with pytest.raises(RunStopped, match="cannot be reached"):
@@ -582,3 +587,83 @@ def test_two_runs_share_one_output_folder(place, tmp_path):
     assert sum(encoded) == sum(row.tiles for row in rows), "no tile was encoded twice"
     assert list((place / "out/.runs").below()) == []
     command("verify", place / "out")
+
+
+# -- a bad network ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory):
+    """(8 slides on the store, what an undisturbed run makes of them on a disk)"""
+    folder = tmp_path_factory.mktemp("many")
+    make_slides(folder / "slides", 8, 900)
+    command("run", folder / "slides", "-o", folder / "out", *OPTIONS)
+    return upload(folder / "slides", placed("s3://bucket/many")), folder / "out"
+
+
+def started(slides, out, **environment):
+    environment = os.environ | {"PYTHONPATH": str(ROOT)} | environment
+    code = [*CLI, "run", str(slides), "-o", str(out), *OPTIONS]
+    return subprocess.Popen(code, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+
+
+def heard(process, word):
+    """The lines until one has this word."""
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if word in line:
+            return lines
+    raise AssertionError(lines)
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_requests_that_are_lost_delayed_and_cut(place, many, proxy, seed):
+    slides, local = many
+    proxy.disturb(0.03, seed)
+    try:
+        process = started(slides, place, SLIDESTREAM_NETWORK="60")
+        said = process.communicate(timeout=400)[0]
+    finally:
+        proxy.disturb(0.0)
+    assert process.returncode == 0, said
+    assert all(count > 3 for count in proxy.counts.values()), proxy.counts
+    assert contents(place) == contents(local)
+    command("verify", place)
+    print(f"\n{proxy.counts}")
+
+
+def test_a_server_that_is_killed_and_comes_back_in_time(place, many, server):
+    slides, local = many
+    process = started(slides, place, SLIDESTREAM_NETWORK="60")
+    heard(process, "done")
+    server.kill()
+    time.sleep(5)
+    server.start()
+    said = process.communicate(timeout=400)[0]
+    assert process.returncode == 0, said
+    assert contents(place) == contents(local)
+
+
+def test_a_server_that_stays_away_stops_the_run_and_the_same_command_resumes(place, many, server):
+    slides, local = many
+    process = started(slides, place, SLIDESTREAM_NETWORK="3")
+    heard(process, "done")
+    server.kill()
+    killed = time.monotonic()
+    said = process.communicate(timeout=400)[0]
+    print(f"\nstopped {time.monotonic() - killed:.1f} s after the server: {said}")
+    assert process.returncode == 4, said
+    assert len(re.findall("cannot be reached", said)) == 1
+    assert "Traceback" not in said
+    server.start()
+    found = command("verify", place, check=3)
+    assert " damaged" not in found
+    whole = [name for name in BagStore(place).slides() if BagStore(place).group(name).status == "complete"]
+    for name in whole:
+        BagStore(place).bag(name)
+    assert len(whole) < 8, "or the test shows nothing"
+    said = command("run", slides, "-o", place, *OPTIONS)
+    assert "8 done" in said
+    assert contents(place) == contents(local)
+    command("verify", place)
