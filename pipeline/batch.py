@@ -24,7 +24,7 @@ from .leases import Course, Holder, Leases, alone, joined, living
 from .meter import Meter
 from .outcome import Outcome, Report, failed, read_outcomes, write_outcomes
 from .output import batch_sizes, check_out, make_writable, require_writable, write_json, write_run, write_totals
-from .places import is_remote, placed
+from .places import is_remote, of_each, placed
 from .saving import Saving
 from .stages import Recipe, SlideFile, Tiler, is_current, load_tiler, make_recipe, open_encoder, stored_outcome
 from .store import BagStore
@@ -98,10 +98,18 @@ def _carry_out(
     folder = find_slides(slides, out)
     files, notes = _slide_files(folder, mpp_csv)
     check_out(out, folder, recipe, redo)
-    todo = [file for file in files if not is_current(file, BagStore(out).group(file.name), recipe, deep=redo)]
+
+    def is_whole(file: SlideFile) -> bool:
+        return is_current(file, BagStore(out).group(file.name), recipe, deep=redo)
+
+    current = list(map(is_whole, files)) if redo else of_each(is_whole, files, out)  # deep: one slide in memory
+    todo = [file for file, whole in zip(files, current, strict=True) if not whole]
     if model is not None:
         todo = _to_zoom(files, todo, out, recipe, model, redo)
-    todo.sort(key=_size, reverse=True)  # the largest first: no device is left with a large one at the end
+    sizes = dict(zip([file.name for file in todo], of_each(_size, todo, folder.root), strict=True))
+    todo.sort(
+        key=lambda file: sizes[file.name], reverse=True
+    )  # the largest first: no device is left with a large one at the end
     work = digest([recipe.as_dict(), recipe.encoder_key, recipe.config.dtype, model.about if model else None])
     if redo:
         _require_nobody(out, living(out))
@@ -119,13 +127,14 @@ def _carry_out(
             if redo:
                 _require_nobody(out, leases.others())
             write_run(out, folder, recipe)
-        state = _State(out, files, todo, folder.skipped, progress, leases, partial(_is_done, out, recipe, model, redo))
+        is_done = partial(_is_done, out, recipe, model, redo)
+        state = _State(out, files, sizes, folder.skipped, progress, leases, is_done)
         for note in notes:
             progress.note(note)
         try:
             if client is not None:
-                sizes = batch_sizes(out, recipe.encoder_key)
-                job = Job(out, recipe, leases.holder.run, sizes, model.folder if model is not None else None)
+                found = batch_sizes(out, recipe.encoder_key)
+                job = Job(out, recipe, leases.holder.run, found, model.folder if model is not None else None)
                 state.interrupted = work_through(client, todo, job, state)
         finally:  # also of a run that has to stop: what it did stands in the table
             state.save()
@@ -200,18 +209,20 @@ class _State:
         self,
         out: Path,
         files: list[SlideFile],
-        todo: list[SlideFile],
+        todo: dict[str, int],
         skipped: tuple[Outcome, ...],
         progress: Progress,
         leases: Leases,
         is_done: Callable[[SlideFile], bool],
     ) -> None:
         self.out, self.progress, self.leases, self.is_done = out, progress, leases, is_done
-        self.waiting = {file.name: _size(file) for file in todo}
+        self.waiting = dict(todo)  # the bytes of each
         self.names = {file.name for file in files}
         store = BagStore(out)
         self.known = {o.slide: o for o in skipped}
-        self.known |= {f.name: stored_outcome(f.name, store.group(f.name)) for f in files if f.name not in self.waiting}
+        names = [file.name for file in files if file.name not in todo]
+        rows = of_each(lambda name: stored_outcome(name, store.group(name)), names, out)
+        self.known |= dict(zip(names, rows, strict=True))
         self.meter = Meter()  # of finished slides
         self.batch_sizes: dict[str, int] = {}  # of each device
         self.interrupted = False

@@ -28,7 +28,7 @@ T = TypeVar("T")
 NO_SUCH_RANGE = ("InvalidRange", "416")
 SCHEME = "s3:"
 BUCKET = r"[A-Za-z0-9._-]{3,255}"
-PATIENCE_S = 60.0  # SLIDESTREAM_NETWORK says otherwise
+PATIENCE_S = 45.0  # less than a run may be silent (leases.EXPIRY); SLIDESTREAM_NETWORK says otherwise
 PAUSE_S, LONGEST_PAUSE_S = 0.1, 5.0  # between two tries
 AT_ONCE = 16  # requests of `unlink_objects`
 # Said by the server, and true: to ask again would change nothing.
@@ -261,13 +261,18 @@ def _patient(request: Callable[[], T], name: str) -> T:
             if _is_answer(error):
                 raise
             if _is_usage(error):
-                raise UsageError(f"{name}: {error}") from error
+                raise UsageError(f"{name}: {_words(error)}") from error
             if time.monotonic() + pause > started + seconds:
                 _patience.gave_up = time.monotonic()
-                words = " ".join(str(error).split()) or type(error).__name__
-                raise RunStopped(f"{name} cannot be reached: {words[:300]}") from error
+                raise RunStopped(f"{name} cannot be reached: {_words(error)}") from error
         time.sleep(pause * random.uniform(0.5, 1.0))
         pause = min(2 * pause, LONGEST_PAUSE_S)
+
+
+def _words(error: Exception) -> str:
+    """What it says, without a password that stands in the address of an endpoint."""
+    words = " ".join(str(error).split()) or type(error).__name__
+    return re.sub(r"//[^/@ ]*@", "//", words)[:300]
 
 
 def _is_answer(error: Exception) -> bool:

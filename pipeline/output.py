@@ -18,7 +18,7 @@ from .folder import Folder
 from .leases import FOLDER, Holder, held, living
 from .objects import answer_words
 from .outcome import Report, read_outcomes
-from .places import is_remote, put
+from .places import is_remote, of_each, put
 from .stages import Recipe, versions
 from .store import BagStore, SlideGroup, read_attrs
 
@@ -152,7 +152,8 @@ def status_lines(out: Path) -> tuple[list[str], int]:
         raise UsageError(f"{out} is no output folder of `slidestream run`")
     runs, running = living(out), held(out)
     store = BagStore(out)
-    states = {name: store.group(name).status for name in store.slides()}
+    slides = store.slides()
+    states = dict(zip(slides, of_each(lambda name: store.group(name).status, slides, out), strict=True))
     rows = {row.slide: row for row in read_outcomes(out / "slides.csv")}
     faults = [
         row

@@ -9,14 +9,18 @@ import os
 import shutil
 import uuid
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import cast
+from typing import TypeVar, cast
 
 from .errors import UsageError
-from .objects import ObjectPath, object_path, unlink_objects
+from .objects import AT_ONCE, ObjectPath, object_path, unlink_objects
 from .ranges import RangedFile
+
+X = TypeVar("X")
+Y = TypeVar("Y")
 
 
 def placed(text: str | Path) -> Path:
@@ -107,6 +111,14 @@ def unlink_all(paths: Sequence[Path]) -> None:
         unlink_objects(objects)
     for path in paths if not objects else ():
         path.unlink(missing_ok=True)
+
+
+def of_each(function: Callable[[X], Y], items: Sequence[X], where: Path) -> list[Y]:
+    """function(item) of each, which asks `where`: one after the other on a disk, side by side on an object store."""
+    if not is_remote(where):
+        return list(map(function, items))
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        return list(pool.map(function, items))
 
 
 def walk(root: Path) -> Iterator[tuple[Path, list[str], list[str]]]:

@@ -15,7 +15,7 @@ import numpy as np
 from .arrays import PLAIN, DamagedArray, StoredArray, read_attrs, write_group
 from .errors import BrokenBag, UsageError, nearest, slide_door
 from .objects import ObjectPath
-from .places import is_remote, placed, remove_tree, walk
+from .places import is_remote, of_each, placed, remove_tree, walk
 from .quadtree import QuadTree
 from .tissue import TissueMask
 
@@ -44,7 +44,7 @@ class BagStore:
 
     def slides(self) -> list[str]:
         """The slides that have a readable group, sorted; look at `group(slide).status` for what it is worth."""
-        attrs = (read_attrs(path) for path in group_folders(self.root / "slides"))
+        attrs = of_each(read_attrs, list(group_folders(self.root / "slides")), self.root)
         return sorted(a["slide"]["path"] for a in attrs if "slide" in a)
 
     def bag(self, slide: str, encoder: str | None = None) -> "Bag":

@@ -3,6 +3,7 @@
 import os
 import random
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -454,6 +455,39 @@ def test_a_run_from_and_to_an_object_store(place, remote_slides, local):
 def test_slides_there_and_features_here(tmp_path, remote_slides, local):
     command("run", remote_slides, "-o", tmp_path / "out", *OPTIONS)
     assert contents(tmp_path / "out") == contents(local)
+
+
+def test_a_folder_that_was_copied_is_trained_on_and_predicted_from(place, many, tmp_path):
+    local = shutil.copytree(many[1], tmp_path / "out")
+    upload(local, place)
+    names = BagStore(local).slides()
+    rows = [f"{name},{'a' if i % 2 else 'b'},train" for i, name in enumerate(names)]
+    (tmp_path / "labels.csv").write_text("\n".join(["slide,label,split", *rows]) + "\n")
+    for out in (place, local):
+        command("train", out, "--labels", tmp_path / "labels.csv", "--head", "mean", "--epochs", "2")
+        command("predict", out, "--model", "mean")
+    for name in ("model.safetensors", "curves.png"):
+        assert (place / "models/mean" / name).read_bytes() == (local / "models/mean" / name).read_bytes()
+    assert (place / "predictions/mean.csv").read_bytes() == (local / "predictions/mean.csv").read_bytes()
+    for name in ("logits", "weight"):
+        group = f"slides/{names[0]}.zarr/predictions/mean/{name}/c"
+        assert [b.read_bytes() for b in (place / group).rglob("*")] == [
+            b.read_bytes() for b in (local / group).rglob("*") if b.is_file()
+        ]
+    assert sum(1 for _ in (place / "heatmaps").rglob("*.png")) == 8
+    command("verify", place)
+
+
+def test_what_works_on_disks_only_says_so(place):
+    said = command("evaluate", place, "--model", "m", "-a", "x", check=1)
+    assert "works in a folder on a disk" in said
+
+
+def test_no_credentials(place, monkeypatch):
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    said = command("status", place, check=1, AWS_EC2_METADATA_DISABLED="true", HOME="/nowhere")
+    assert "Unable to locate credentials" in said
 
 
 # -- several runs at once ---------------------------------------------------------------------------------------------
