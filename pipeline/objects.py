@@ -31,8 +31,12 @@ BUCKET = r"[A-Za-z0-9._-]{3,255}"
 PATIENCE_S = 45.0  # less than a run may be silent (leases.EXPIRY); SLIDESTREAM_NETWORK says otherwise
 PAUSE_S, LONGEST_PAUSE_S = 0.1, 5.0  # between two tries
 AT_ONCE = 16  # requests of `unlink_objects`
-# Said by the server, and true: to ask again would change nothing.
-ANSWERS = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError)
+# Said by the server, and true: to ask again would change nothing. As a disk would say it.
+ANSWERS = {
+    FileNotFoundError: (errno.ENOENT, "there is no such object or bucket"),
+    FileExistsError: (errno.EEXIST, "there is such an object"),
+    PermissionError: (errno.EACCES, "no permission, or the credentials are wrong"),
+}
 
 
 class Stat(NamedTuple):
@@ -67,14 +71,16 @@ class ObjectPath(PurePosixPath):
         return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
     def read_bytes(self) -> bytes:
-        return self._ask(lambda store: bytes(store.cat_file(self.key)))
+        """RunStopped also without permission: credentials may end, and what may not be read is not to be replaced."""
+        try:
+            return self._ask(lambda store: bytes(store.cat_file(self.key)))
+        except PermissionError as error:
+            raise RunStopped(f"{self}: {error.strerror}") from error
 
     def read_range(self, start: int, stop: int) -> bytes:
         """Bytes start:stop; less at the end of the object, none beyond it."""
         try:
             return self._ask(lambda store: bytes(store.cat_file(self.key, start=start, end=stop)))
-        except ANSWERS:
-            raise
         except OSError as error:
             if _code(error) not in NO_SUCH_RANGE:
                 raise
@@ -254,9 +260,11 @@ def _patient(request: Callable[[], T], name: str) -> T:
             answer = request()
             _patience.gave_up = -1e9
             return answer
-        except (*ANSWERS, UsageError):
-            _patience.gave_up = -1e9
+        except UsageError:
             raise
+        except tuple(ANSWERS) as error:
+            _patience.gave_up = -1e9
+            raise OSError(*ANSWERS[type(error)], name) from error
         except _faults() as error:
             if _is_answer(error):
                 raise
@@ -291,10 +299,3 @@ def _is_usage(error: Exception) -> bool:
 
     sent = (ConnectionError, HTTPClientError, IncompleteReadError)
     return isinstance(error, BotoCoreError) and not isinstance(error, sent)
-
-
-def answer_words(error: OSError) -> str:
-    """Why the server said no, for a sentence."""
-    if isinstance(error, FileNotFoundError):
-        return "there is no such bucket"
-    return "no permission, or the credentials are wrong" if isinstance(error, PermissionError) else str(error)

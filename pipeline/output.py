@@ -16,7 +16,6 @@ from .config import difference
 from .errors import UsageError
 from .folder import Folder
 from .leases import FOLDER, Holder, held, living
-from .objects import answer_words
 from .outcome import Report, read_outcomes
 from .places import is_remote, of_each, put
 from .stages import Recipe, versions
@@ -57,7 +56,8 @@ def require_writable(out: Path) -> None:
             probe.write_bytes(b"")
             probe.unlink()
         except OSError as error:
-            raise UsageError(f"{out} cannot be written to: {answer_words(error)}") from error
+            why = "there is no such bucket" if isinstance(error, FileNotFoundError) else error.strerror
+            raise UsageError(f"{out} cannot be written to: {why}") from error
         return
     there = next(folder for folder in (out, *out.parents) if folder.exists())
     for folder in (there, out / FOLDER):  # the second may be another user's

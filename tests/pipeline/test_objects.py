@@ -18,7 +18,7 @@ import pytest
 import tifffile
 from skimage.data import immunohistochemistry
 
-from pipeline import BagStore, leases, open_slide, ranges
+from pipeline import BagStore, leases, objects, open_slide, ranges
 from pipeline.arrays import StoredArray, read_attrs
 from pipeline.demo import write_slide
 from pipeline.errors import RunStopped, UnreadableSlide, UsageError
@@ -126,6 +126,9 @@ class Server:
             except OSError:
                 time.sleep(0.05)
         raise AssertionError("the server did not start")
+
+    def send(self, number):
+        self._process.send_signal(number)
 
     def kill(self):
         self._process.kill()
@@ -295,6 +298,22 @@ def test_a_bucket_that_is_not_there(slides):
     assert "there is no such bucket" in said
 
 
+def test_what_may_not_be_read_is_not_begun_anew(place, monkeypatch):
+    """Credentials that have ended, and are there again when it comes to deleting."""
+    group = BagStore(place).group("a.svs")
+    group.begin(slide={"path": "a.svs"})
+    with monkeypatch.context() as patch:
+        store = objects._store()
+        patch.setattr(store, "cat_file", lambda *_, **__: (_ for _ in ()).throw(PermissionError("Forbidden")))
+        with pytest.raises(RunStopped, match="no permission"):
+            group.begin(slide={"path": "a.svs"})
+        with pytest.raises(PermissionError):
+            (place / "a.svs").read_range(0, 1)
+        with pytest.raises(UnreadableSlide, match="no permission"):
+            ranges.RangedFile(group.path / "zarr.json").pread(1, 0)
+    assert group.status == "writing"
+
+
 def test_an_array_is_the_same_bytes_and_damage_is_seen(place, tmp_path):
     data = np.arange(5000, dtype=np.float32).reshape(1000, 5)
     for where in (place, tmp_path / "a"):
@@ -452,11 +471,13 @@ def test_a_run_from_and_to_an_object_store(place, remote_slides, local):
     assert "nobody" not in run_json
 
 
+@pytest.mark.slow
 def test_slides_there_and_features_here(tmp_path, remote_slides, local):
     command("run", remote_slides, "-o", tmp_path / "out", *OPTIONS)
     assert contents(tmp_path / "out") == contents(local)
 
 
+@pytest.mark.slow
 def test_a_folder_that_was_copied_is_trained_on_and_predicted_from(place, many, tmp_path):
     local = shutil.copytree(many[1], tmp_path / "out")
     upload(local, place)
@@ -537,6 +558,7 @@ def test_a_slide_is_held_by_one_run(place, other):
     assert list((place / leases.FOLDER).below()) == []
 
 
+@pytest.mark.slow
 def test_a_silent_run_of_another_machine_is_followed_and_stops(place, other, monkeypatch):
     """There are no locks: its age alone tells. One that was buried must not come back by its next heartbeat."""
     monkeypatch.setattr(leases, "EXPIRY", 3.0)
@@ -551,6 +573,7 @@ def test_a_silent_run_of_another_machine_is_followed_and_stops(place, other, mon
         assert len(leases.living(place)) == 1
 
 
+@pytest.mark.slow
 def test_a_run_that_stood_still_finds_out_by_itself(place, monkeypatch):
     """Nobody buried it: but others may have judged so just now."""
     monkeypatch.setattr(leases, "EXPIRY", 2.0)
@@ -605,6 +628,7 @@ def test_a_guard_is_held_by_one_and_outlived(place, monkeypatch):
     assert (place / "count").read_bytes() == b"15"
 
 
+@pytest.mark.slow
 def test_two_runs_share_one_output_folder(place, tmp_path):
     make_slides(tmp_path / "slides", 8, 500)
     there = upload(tmp_path / "slides", place / "slides")
@@ -651,6 +675,7 @@ def heard(process, word):
     raise AssertionError(lines)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [1, 2])
 def test_requests_that_are_lost_delayed_and_cut(place, many, proxy, seed):
     slides, local = many
@@ -667,6 +692,7 @@ def test_requests_that_are_lost_delayed_and_cut(place, many, proxy, seed):
     print(f"\n{proxy.counts}")
 
 
+@pytest.mark.slow
 def test_a_server_that_is_killed_and_comes_back_in_time(place, many, server):
     slides, local = many
     process = started(slides, place, SLIDESTREAM_NETWORK="60")
@@ -679,6 +705,24 @@ def test_a_server_that_is_killed_and_comes_back_in_time(place, many, server):
     assert contents(place) == contents(local)
 
 
+@pytest.mark.slow
+def test_a_server_that_hangs(place, many, server):
+    """It takes connections and says nothing: 30 s a try."""
+    slides, local = many
+    process = started(slides, place, SLIDESTREAM_NETWORK="3")
+    heard(process, "done")
+    server.send(signal.SIGSTOP)
+    stopped = time.monotonic()
+    said = process.communicate(timeout=400)[0]
+    server.send(signal.SIGCONT)
+    print(f"\nstopped {time.monotonic() - stopped:.1f} s after the server: {said}")
+    assert process.returncode == 4, said
+    assert "cannot be reached" in said
+    assert "8 done" in command("run", slides, "-o", place, *OPTIONS)
+    assert contents(place) == contents(local)
+
+
+@pytest.mark.slow
 def test_a_server_that_stays_away_stops_the_run_and_the_same_command_resumes(place, many, server):
     slides, local = many
     process = started(slides, place, SLIDESTREAM_NETWORK="3")
