@@ -30,6 +30,7 @@ SCHEME = "s3:"
 BUCKET = r"[A-Za-z0-9._-]{3,255}"
 PATIENCE_S = 45.0  # less than a run may be silent (leases.EXPIRY); SLIDESTREAM_NETWORK says otherwise
 PAUSE_S, LONGEST_PAUSE_S = 0.1, 5.0  # between two tries
+ANSWER_S, SLOWEST = 20, 1e6  # seconds without a sign of the server end a try; bytes a second that are put, at least
 AT_ONCE = 16  # requests of `unlink_objects`
 # Said by the server, and true: to ask again would change nothing. As a disk would say it.
 ANSWERS = {
@@ -87,11 +88,16 @@ class ObjectPath(PurePosixPath):
             return b""
 
     def write_bytes(self, data: bytes | memoryview) -> None:
-        self._ask(lambda store: store.pipe_file(self.key, bytes(data)))
+        self._put(bytes(data), "overwrite")
 
     def create(self, data: bytes) -> None:
         """FileExistsError if there is such an object: of two that create it at once, one does."""
-        self._ask(lambda store: store.pipe_file(self.key, data, mode="create"))
+        self._put(data, "create")
+
+    def _put(self, data: bytes, mode: str) -> None:
+        # botocore asks whether it may send ("Expect: 100-continue"), and aiohttp waits for the answer for ever.
+        seconds = ANSWER_S + len(data) / SLOWEST
+        self._ask(lambda store: store.pipe_file(self.key, data, mode=mode, timeout=seconds))
 
     def unlink(self, missing_ok: bool = False) -> None:
         """What is not there is gone: S3 says no more."""
@@ -216,7 +222,7 @@ def _made() -> Any:
     except ImportError as error:
         raise UsageError("s3:// needs s3fs: pip install 'slidestream[s3]'") from error
     once = {"total_max_attempts": 1}  # tries are counted here, and nowhere else
-    config = {"retries": once, "connect_timeout": 10, "read_timeout": 30, "max_pool_connections": 4 * AT_ONCE}
+    config = {"retries": once, "connect_timeout": 10, "read_timeout": ANSWER_S, "max_pool_connections": 4 * AT_ONCE}
     # Listings that are kept would hide what other runs write; with one part at a time an object is read by one request.
     store = s3fs.S3FileSystem(
         config_kwargs=config, use_listings_cache=False, skip_instance_cache=True, max_concurrency=1
@@ -279,7 +285,8 @@ def _patient(request: Callable[[], T], name: str) -> T:
 
 def _words(error: Exception) -> str:
     """What it says, without a password that stands in the address of an endpoint."""
-    words = " ".join(str(error).split()) or type(error).__name__
+    silent = f"no answer for {ANSWER_S} s" if isinstance(error, TimeoutError) else type(error).__name__
+    words = " ".join(str(error).split()) or silent
     return re.sub(r"//[^/@ ]*@", "//", words)[:300]
 
 

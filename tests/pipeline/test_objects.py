@@ -682,7 +682,7 @@ def test_requests_that_are_lost_delayed_and_cut(place, many, proxy, seed):
     proxy.disturb(0.03, seed)
     try:
         process = started(slides, place, SLIDESTREAM_NETWORK="60")
-        said = process.communicate(timeout=400)[0]
+        said = process.communicate(timeout=200)[0]
     finally:
         proxy.disturb(0.0)
     assert process.returncode == 0, said
@@ -700,20 +700,20 @@ def test_a_server_that_is_killed_and_comes_back_in_time(place, many, server):
     server.kill()
     time.sleep(5)
     server.start()
-    said = process.communicate(timeout=400)[0]
+    said = process.communicate(timeout=200)[0]
     assert process.returncode == 0, said
     assert contents(place) == contents(local)
 
 
 @pytest.mark.slow
 def test_a_server_that_hangs(place, many, server):
-    """It takes connections and says nothing: 30 s a try."""
+    """It takes connections and says nothing: 20 s a try."""
     slides, local = many
     process = started(slides, place, SLIDESTREAM_NETWORK="3")
     heard(process, "done")
     server.send(signal.SIGSTOP)
     stopped = time.monotonic()
-    said = process.communicate(timeout=400)[0]
+    said = process.communicate(timeout=200)[0]
     server.send(signal.SIGCONT)
     print(f"\nstopped {time.monotonic() - stopped:.1f} s after the server: {said}")
     assert process.returncode == 4, said
@@ -729,7 +729,7 @@ def test_a_server_that_stays_away_stops_the_run_and_the_same_command_resumes(pla
     heard(process, "done")
     server.kill()
     killed = time.monotonic()
-    said = process.communicate(timeout=400)[0]
+    said = process.communicate(timeout=200)[0]
     print(f"\nstopped {time.monotonic() - killed:.1f} s after the server: {said}")
     assert process.returncode == 4, said
     assert len(re.findall("cannot be reached", said)) == 1
