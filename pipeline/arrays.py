@@ -1,15 +1,15 @@
-"""Zarr v3 arrays and groups on a disk: zarr makes the bytes, this module places each file once, whole.
+"""Zarr v3 arrays and groups on a disk or an object store: zarr makes the bytes, each file is placed once, whole.
 
 Asked for an array in a group, zarr looks for each of its parents and writes their documents again: 43 writes where 25
 do. Here the caller knows what is there. Documents come from zarr's own metadata and chunks from its codecs, by way of a
-store in memory; what is on disk is byte for byte what zarr would have written.
+store in memory; what is stored is byte for byte what zarr would have written.
 """
 
+import asyncio
 import json
 import math
 import os
-import uuid
-from contextlib import suppress
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
@@ -19,6 +19,9 @@ import zarr
 from zarr.core.buffer import Buffer, default_buffer_prototype
 from zarr.core.group import GroupMetadata
 from zarr.storage import LocalStore, MemoryStore, StorePath
+
+from .objects import ObjectPath
+from .places import is_remote, put
 
 CHECKSUM = {"name": "crc32c"}
 # Features are nearly random: compression gains little and costs most of the time. The checksum is the last codec.
@@ -43,7 +46,7 @@ def read_attrs(path: Path) -> dict[str, Any]:
 
 def write_group(path: Path, attributes: dict[str, Any]) -> None:
     """Make a group, or replace the attributes of one."""
-    _put(path / "zarr.json", _json(GroupMetadata(attributes)))
+    put(path / "zarr.json", _json(GroupMetadata(attributes)))
 
 
 class StoredArray:
@@ -78,8 +81,12 @@ class StoredArray:
             "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}, *codecs],
         }
         array = cls(path, document)
-        os.makedirs(path)
-        _put(path / "zarr.json", _json(array._metadata))
+        if isinstance(path, ObjectPath):
+            if path.exists():
+                raise FileExistsError(f"{path} is there")
+        else:
+            os.makedirs(path)
+        put(path / "zarr.json", _json(array._metadata))
         return array
 
     @classmethod
@@ -105,7 +112,7 @@ class StoredArray:
         files: dict[str, Buffer] = {}
         self._in(MemoryStore(files))[rows] = values
         for name, data in files.items():
-            _put(self.path / name, data.as_numpy_array().data)
+            put(self.path / name, data.as_numpy_array().data)
 
     def missing(self) -> list[int]:
         """The chunks that are not stored whole; a missing one would read as zeros.
@@ -115,21 +122,34 @@ class StoredArray:
         rest = "/0" * (len(self.shape) - 1)
         plain = all(codec["name"] != "zstd" for codec in self._document["codecs"])
         whole = math.prod(self.chunk_shape) * self.dtype.itemsize + 4 if plain else None
+        size_of = self._sizes()
         lost = []
         for chunk in self.chunks:
-            try:
-                size = os.stat(self.path / f"c/{chunk}{rest}").st_size
-            except FileNotFoundError:
-                size = 0
+            size = size_of(f"{chunk}{rest}")
             if size < 1 or (whole is not None and size != whole):
                 lost.append(chunk)
         return lost
+
+    def _sizes(self) -> Callable[[str], int]:
+        """How many bytes a chunk has, 0 if it is missing; one request says it of all on an object store."""
+        folder = self.path / "c"
+        if isinstance(folder, ObjectPath):
+            there = {str(name): found.st_size for name, found in folder.below().items()}
+            return lambda name: there.get(name, 0)
+
+        def on_disk(name: str) -> int:
+            try:
+                return os.stat(folder / name).st_size
+            except FileNotFoundError:
+                return 0
+
+        return on_disk
 
     @cached_property
     def stored(self) -> zarr.Array:
         """To read, as zarr reads: rows of missing chunks are zeros, a wrong checksum is a ValueError."""
         # A LocalStore and not a string: zarr takes "::" in a string for a chain of addresses.
-        return self._in(LocalStore(self.path, read_only=True))
+        return self._in(_Objects(self.path) if is_remote(self.path) else LocalStore(self.path, read_only=True))
 
     def is_damaged(self, chunk: int) -> bool:
         try:
@@ -158,23 +178,25 @@ class StoredArray:
         return zarr.Array(zarr.AsyncArray(self._metadata, StorePath(store), config=EMPTY_TOO))
 
 
+class _Objects(MemoryStore):
+    """What zarr asks for, read from an object store: a network that fails is not a chunk that is missing."""
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(read_only=True)
+        self._root = root
+
+    async def get(self, key: str, prototype: Any = None, byte_range: Any = None) -> Buffer | None:
+        prototype = prototype or default_buffer_prototype()
+        try:
+            data = await asyncio.to_thread((self._root / key).read_bytes)
+        except FileNotFoundError:
+            return None
+        return cast(Buffer, prototype.buffer.from_bytes(data))
+
+
 def _document(path: Path) -> Any:
     return json.loads((path / "zarr.json").read_bytes())
 
 
 def _json(metadata: Any) -> bytes:
     return cast(bytes, metadata.to_buffer_dict(default_buffer_prototype())["zarr.json"].to_bytes())
-
-
-def _put(path: Path, data: bytes | memoryview) -> None:
-    """Write aside and rename: a killed writer leaves a `.partial`, never half a file of the right name."""
-    part = f"{path}.{uuid.uuid4().hex}.partial"
-    os.makedirs(path.parent, exist_ok=True)
-    try:
-        with open(part, "wb") as file:
-            file.write(data)
-        os.replace(part, path)
-    except OSError:
-        with suppress(OSError):
-            os.unlink(part)
-        raise

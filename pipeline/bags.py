@@ -12,6 +12,7 @@ from heads.picture import Picture
 from .errors import BrokenBag, SlideError, UsageError
 from .output import read_run
 from .pictures import Pictures
+from .places import placed
 from .store import BagStore, read_attrs
 
 CACHE_BYTES = 4 << 30  # of bags that are kept in memory between epochs
@@ -82,7 +83,7 @@ class Store:
         root = read_run(self.root).get("root")
         if root is None:
             raise UsageError(f"{self.root} is no output folder of `slidestream run`")
-        return Path(root)
+        return placed(root)
 
     def has_features(self, slide: str) -> bool:
         return self._store.group(slide).status == "complete"

@@ -24,6 +24,7 @@ from .leases import Course, Holder, Leases, alone, joined, living
 from .meter import Meter
 from .outcome import Outcome, Report, failed, read_outcomes, write_outcomes
 from .output import batch_sizes, check_out, make_writable, require_writable, write_json, write_run, write_totals
+from .places import is_remote, of_each, placed
 from .saving import Saving
 from .stages import Recipe, SlideFile, Tiler, is_current, load_tiler, make_recipe, open_encoder, stored_outcome
 from .store import BagStore
@@ -78,7 +79,7 @@ def run(
     recipe = make_recipe(config, _encoder_facts(config), tiler if callable(tiler) else load_tiler(config.tiler))
     how: dict[str, Any] = {"mpp_csv": mpp_csv, "redo": redo}
     how |= {"workers": workers, "devices": devices, "cluster": cluster, "scheduler": scheduler}
-    return _carry_out(slides, Path(os.path.abspath(out)), recipe, progress or Silent(), **how)
+    return _carry_out(slides, placed(out), recipe, progress or Silent(), **how)
 
 
 def _carry_out(
@@ -97,10 +98,18 @@ def _carry_out(
     folder = find_slides(slides, out)
     files, notes = _slide_files(folder, mpp_csv)
     check_out(out, folder, recipe, redo)
-    todo = [file for file in files if not is_current(file, BagStore(out).group(file.name), recipe, deep=redo)]
+
+    def is_whole(file: SlideFile) -> bool:
+        return is_current(file, BagStore(out).group(file.name), recipe, deep=redo)
+
+    current = list(map(is_whole, files)) if redo else of_each(is_whole, files, out)  # deep: one slide in memory
+    todo = [file for file, whole in zip(files, current, strict=True) if not whole]
     if model is not None:
         todo = _to_zoom(files, todo, out, recipe, model, redo)
-    todo.sort(key=_size, reverse=True)  # the largest first: no device is left with a large one at the end
+    sizes = dict(zip([file.name for file in todo], of_each(_size, todo, folder.root), strict=True))
+    todo.sort(
+        key=lambda file: sizes[file.name], reverse=True
+    )  # the largest first: no device is left with a large one at the end
     work = digest([recipe.as_dict(), recipe.encoder_key, recipe.config.dtype, model.about if model else None])
     if redo:
         _require_nobody(out, living(out))
@@ -109,7 +118,7 @@ def _carry_out(
         client = None
         if todo:
             stack.enter_context(interruptible())
-            client = stack.enter_context(reached(place, len(todo), out / "logs"))
+            client = stack.enter_context(reached(place, len(todo), None if is_remote(out) else out / "logs"))
             require_encoder(client, recipe.config)  # a wrong weights file is told before anything is written
         make_writable(out)
         leases = stack.enter_context(joined(out, work))
@@ -118,7 +127,8 @@ def _carry_out(
             if redo:
                 _require_nobody(out, leases.others())
             write_run(out, folder, recipe)
-        state = _State(out, files, todo, folder.skipped, progress, leases, partial(_is_done, out, recipe, model, redo))
+        is_done = partial(_is_done, out, recipe, model, redo)
+        state = _State(out, files, sizes, folder.skipped, progress, leases, is_done)
         for note in notes:
             progress.note(note)
         try:
@@ -199,18 +209,20 @@ class _State:
         self,
         out: Path,
         files: list[SlideFile],
-        todo: list[SlideFile],
+        todo: dict[str, int],
         skipped: tuple[Outcome, ...],
         progress: Progress,
         leases: Leases,
         is_done: Callable[[SlideFile], bool],
     ) -> None:
         self.out, self.progress, self.leases, self.is_done = out, progress, leases, is_done
-        self.waiting = {file.name: _size(file) for file in todo}
+        self.waiting = dict(todo)  # the bytes of each
         self.names = {file.name for file in files}
         store = BagStore(out)
         self.known = {o.slide: o for o in skipped}
-        self.known |= {f.name: stored_outcome(f.name, store.group(f.name)) for f in files if f.name not in self.waiting}
+        names = [file.name for file in files if file.name not in todo]
+        rows = of_each(lambda name: stored_outcome(name, store.group(name)), names, out)
+        self.known |= dict(zip(names, rows, strict=True))
         self.meter = Meter()  # of finished slides
         self.batch_sizes: dict[str, int] = {}  # of each device
         self.interrupted = False
@@ -310,7 +322,7 @@ def predict(
     Writes predictions/<model>.csv (and .zoom.json: what was saved), the attention into the store, and heatmaps.
     Raises UsageError, RunStopped.
     """
-    is_store = (Path(source) / "run.json").is_file()
+    is_store = (placed(source) / "run.json").is_file()
     if not is_store and out is None and not options and not zoom and FeatureFiles.are_in(source):
         return _predict_files(FeatureFiles(source), model, folds, vote)
     if not is_store and out is None:
@@ -320,7 +332,7 @@ def predict(
         raise UsageError(f"{source} is an output folder, which is predicted as it is: leave {flags} out")
     from .prediction import choose_models  # torch, which `run` does not need in this process
 
-    place = Path(os.path.abspath(source if is_store else out or ""))
+    place = placed(source if is_store else out or "")
     trained = choose_models(model, place, folds, vote)
     if trained.head.needs.pixels:
         if zoom:
@@ -376,11 +388,11 @@ def _predict_pixels(
     if options:
         raise UsageError(f"{', '.join(options)}: {model.name} reads pixels in this process, without an encoder")
     progress = progress or Silent()
-    if (out / "run.json").is_file() and os.path.abspath(source) == str(out):
+    if (out / "run.json").is_file() and placed(source) == out:
         store = BagStore(out)
         slides = [slide for slide in store.slides() if store.group(slide).status == "complete"]
         return predict_pictures(Pictures.of_store(store, slides), slides, model, out, progress, stored=True)
-    if os.path.abspath(source) == str(out):
+    if placed(source) == out:
         images = ImageFolder(source)
         pictures, slides = images.pictures(images.slides()), images.slides()
     else:

@@ -14,6 +14,7 @@ import typer
 
 from .config import Config, EncodeConfig, TileConfig, TissueConfig, make_config, read_toml
 from .errors import RunStopped, UsageError
+from .places import on_disk, typed
 from .worker import importing
 
 app = typer.Typer(
@@ -83,8 +84,9 @@ def with_settings(command: Callable[..., None]) -> Callable[..., None]:
 
 
 Slides = Annotated[str, typer.Argument(help="a folder, a glob in quotes, a CSV with a column `slide`, or one file")]
-OutOption = Annotated[Path, typer.Option("--out", "-o", help="the output folder")]
-OutFolder = Annotated[Path, typer.Argument(help="an output folder of `slidestream run`")]
+OutOption = Annotated[Path, typer.Option("--out", "-o", parser=typed, metavar="PATH", help="the output folder")]
+OutFolder = Annotated[Path, typer.Argument(parser=typed, metavar="OUT", help="an output folder of `slidestream run`")]
+OnDisk = Annotated[Path, typer.Argument(parser=on_disk, metavar="OUT", help="an output folder of `slidestream run`")]
 Workers = Annotated[
     int | None,
     typer.Option(
@@ -188,7 +190,12 @@ Keep = Annotated[str | None, typer.Option("--keep", help="of all epochs the best
 Augment = Annotated[bool | None, typer.Option("--augment/--no-augment", help="heads of pixels: mirrored, recoloured …")]
 Mix = Annotated[str | None, typer.Option("--mix", help="heads of pixels: cutmix, saliencymix, scoremix …")]
 Seed = Annotated[int, typer.Option("--seed")]
-Bags = Annotated[Path, typer.Argument(help="an output folder of `slidestream run`, or one of .h5, .pt, .npy or images")]
+Bags = Annotated[
+    Path,
+    typer.Argument(
+        parser=typed, metavar="OUT", help="an output folder of `slidestream run`, or one of .h5, .pt, .npy or images"
+    ),
+]
 
 
 @app.command()
@@ -344,7 +351,7 @@ def _options(pairs: list[str]) -> dict[str, Any]:
 
 @app.command()
 def pretrain(
-    out: OutFolder,
+    out: OnDisk,
     arch: Annotated[
         str, typer.Option("--arch", help="vit_small_dino, vit_tiny_scorenet for tiles of 128 px, or scorenet")
     ] = "vit_small_dino",
@@ -410,7 +417,9 @@ def predict(
         list[str],
         typer.Option("--model", "-m", help="a model folder, or a name below OUT/models; the mean of several"),
     ],
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="where features of slides go")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", parser=typed, metavar="PATH", help="where features of slides go")
+    ] = None,
     folds: Annotated[bool, typer.Option("--folds", help="the mean of the models of its cross-validation")] = False,
     vote: Annotated[bool, typer.Option("--vote", help="of several models, the class that most of them say")] = False,
     zoom: Annotated[
@@ -446,7 +455,7 @@ def predict(
     given |= {"cluster": cluster, "scheduler": scheduler}
     options: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     options |= {name: True for name, wanted in (("zoom", zoom), ("folds", folds), ("vote", vote)) if wanted}
-    place = Path(out or source)
+    place = typed(out or source)
     with _Terminal() as terminal:
         options |= {} if out is None else {"progress": terminal}
         report = predict_batch(source, model, out, **options)
@@ -462,7 +471,7 @@ def predict(
 
 @app.command()
 def evaluate(
-    out: OutFolder,
+    out: OnDisk,
     model: Annotated[
         list[str],
         typer.Option("--model", "-m", help="a model folder, or a name below OUT/models; the mean of several"),
@@ -500,7 +509,7 @@ def evaluate(
 
 @app.command()
 def stitch(
-    out: OutFolder,
+    out: OnDisk,
     model: Annotated[str, typer.Option("--model", "-m", help="a model of hvit or hipt: its folder, or its name")],
     stride: Annotated[
         float | None,

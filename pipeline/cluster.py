@@ -39,6 +39,7 @@ from .fingerprint import device
 from .leases import require_current
 from .meter import Meter
 from .outcome import Outcome, failed
+from .places import is_remote, placed
 from .stages import Recipe, SlideFile, encode, open_encoder, prepare
 from .worker import Watch, expect, importing, set_up_process
 
@@ -77,7 +78,7 @@ class Job:
     def seconds_to_prepare(self, file: SlideFile) -> float:
         """How long a slide may take: a file of one huge level is read whole for its thumbnail."""
         try:
-            return self.patience + os.stat(file.path).st_size / SLOWEST
+            return self.patience + file.path.stat().st_size / SLOWEST
         except OSError:
             return self.patience
 
@@ -170,7 +171,7 @@ def _pulled(slides: Queue, job: Job, watch: Watch) -> Iterator[tuple[SlideFile, 
             return
         name, path, mpp, row = item
         watch.heard(+1)
-        yield SlideFile(name, Path(path), mpp), Outcome(**row)
+        yield SlideFile(name, placed(path), mpp), Outcome(**row)
 
 
 class _Live:
@@ -317,7 +318,7 @@ class _Disks:
 
     def __init__(self, files: list[SlideFile]) -> None:
         with machine_door():
-            real = {file.name: Path(os.path.realpath(file.path)) for file in files}
+            real = {f.name: f.path if is_remote(f.path) else Path(os.path.realpath(f.path)) for f in files}
             self._known = {name: (path, device(path)) for name, path in real.items()}
 
     def require(self, slide: str) -> None:

@@ -14,6 +14,7 @@ from .featurefiles import FeatureFiles
 from .folds import owners
 from .labels import Labels, read_labels
 from .pictures import ImageFolder, Pictures
+from .places import is_remote, placed
 from .targets import Targets, columns_of, doubts, read_targets
 
 UNITS = ("slide", "patient")
@@ -124,7 +125,7 @@ def read_cohort(
 
 def place_of(out: str | Path) -> Store | FeatureFiles | ImageFolder:
     """Where features or pixels are: a folder that `run` made, feature files of others, or images."""
-    if (Path(out) / "run.json").is_file():
+    if is_remote(placed(out)) or (Path(out) / "run.json").is_file():
         return Store(out)
     if FeatureFiles.are_in(out):
         return FeatureFiles(out)

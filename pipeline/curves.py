@@ -1,8 +1,11 @@
 """The losses of a training over its epochs, as a picture."""
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from .places import put
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -52,4 +55,6 @@ def _axes(kept: int) -> "Axes":
 
 
 def _save(axes: "Axes", path: Path) -> None:
-    axes.get_figure(root=True).savefig(path, dpi=120, metadata={"Software": None})  # type: ignore[union-attr]
+    picture = io.BytesIO()
+    axes.get_figure(root=True).savefig(picture, dpi=120, metadata={"Software": None})  # type: ignore[union-attr]
+    put(path, picture.getvalue())

@@ -62,8 +62,8 @@ class Place:
 
 
 @contextmanager
-def reached(place: Place, slides: int, logs: Path) -> Iterator[Client]:
-    """A Dask client of the workers. What was started for it ends with it. `logs`: where jobs write theirs."""
+def reached(place: Place, slides: int, logs: Path | None) -> Iterator[Client]:
+    """A Dask client of the workers. What was started for it ends with it. `logs`: where jobs write, unless told."""
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     # Tracebacks about connections to who has died; we say it in a line.
     with dask.config.set(DASK), silence_logging_cmgr(logging.CRITICAL):
@@ -197,7 +197,7 @@ def _local(place: Place, slides: int) -> SpecCluster:
     return SpecCluster(workers=spec, scheduler=server, silence_logs=logging.CRITICAL)
 
 
-def _slurm(place: Place, slides: int, logs: Path) -> SpecCluster:
+def _slurm(place: Place, slides: int, logs: Path | None) -> SpecCluster:
     """A job for each worker, and another for each that ends. Cores, memory, partition, GPUs … stand in Dask's own file.
 
     https://jobqueue.dask.org: ~/.config/dask/jobqueue.yaml, or variables such as DASK_JOBQUEUE__SLURM__CORES.
@@ -212,7 +212,8 @@ def _slurm(place: Place, slides: int, logs: Path) -> SpecCluster:
             "--cluster slurm: what is a job to have? Say cores and memory below jobqueue: slurm: in "
             "~/.config/dask/jobqueue.yaml, or as DASK_JOBQUEUE__SLURM__CORES=8 DASK_JOBQUEUE__SLURM__MEMORY=32GB"
         )
-    logs.mkdir(parents=True, exist_ok=True)
+    if logs is not None:
+        logs.mkdir(parents=True, exist_ok=True)
     known: dict[str, Any] = dask.config.get("jobqueue.slurm")
     settings = {f"DASK_{key.upper().replace('-', '_').replace('.', '__')}": value for key, value in DASK.items()}
     exports = [f"export {name}={value}" for name, value in {"SLIDESTREAM_THREADS": cores, **settings}.items()]
@@ -221,7 +222,7 @@ def _slurm(place: Place, slides: int, logs: Path) -> SpecCluster:
         processes=1,
         worker_extra_args=[*known.get("worker-extra-args", []), *threads],
         job_script_prologue=[*known.get("job-script-prologue", []), *exports],
-        log_directory=known.get("log-directory") or str(logs),
+        log_directory=known.get("log-directory") or (None if logs is None else str(logs)),
         scheduler_options={"dashboard": False, "dashboard_address": "127.0.0.1:0"},
         silence_logs=logging.CRITICAL,
     )

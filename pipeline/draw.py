@@ -8,7 +8,7 @@ import cv2
 import imagecodecs
 import numpy as np
 
-from .aside import aside
+from .places import put
 from .quadtree import QuadTree
 from .tissue import TissueMask
 
@@ -122,9 +122,7 @@ def _sides(boxes: np.ndarray, scale: tuple[float, float]) -> np.ndarray:
 
 def save_png(path: Path, picture: np.ndarray) -> None:
     """Write an RGB picture in one step. Raises OSError if it cannot be written."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with aside(path) as part:
-        part.write_bytes(_png(picture))
+    put(path, _png(picture))
 
 
 def _png(picture: np.ndarray) -> bytes:

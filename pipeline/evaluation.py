@@ -4,8 +4,8 @@ Everything that is chosen (the epoch, the threshold, the temperature) was chosen
 """
 
 import csv
+import io
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -29,6 +29,7 @@ from heads.metrics import (
 from heads.tasks import Classification, Task
 
 from .cohort import Cohort
+from .places import put
 
 
 @dataclass(frozen=True, eq=False)
@@ -183,9 +184,7 @@ def span(value: Mapping[str, float]) -> str:
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """NaN, which JSON has not, becomes null."""
-    part = path.with_name(f"{path.name}.partial")
-    part.write_text(json.dumps(_plain(content), indent=1, allow_nan=False) + "\n")
-    os.replace(part, path)
+    put(path, (json.dumps(_plain(content), indent=1, allow_nan=False) + "\n").encode())
 
 
 def _plain(value: Any) -> Any:
@@ -201,16 +200,15 @@ def _plain(value: Any) -> Any:
 def write_answers(path: Path, answers: Sequence[Answers], cohort: Cohort) -> None:
     """One row for each unit, fold and seed."""
     units, truth, names = cohort.units, cohort.targets.truth, cohort.targets.names
-    part = path.with_name(f"{path.name}.partial")
-    with open(part, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
-        writer = csv.writer(file)
-        columns = [f"p_{name}" for name in names] if answers[0].outputs.ndim == 2 else ["prediction"]
-        writer.writerow([cohort.unit, "seed", "fold", "truth", *columns, "threshold"])
-        for one in answers:
-            for row, outputs in zip(one.rows, np.atleast_2d(one.outputs.T).T, strict=True):
-                said = [f"{value:.6f}" for value in np.ravel(outputs)]
-                writer.writerow([units[row], one.seed, one.fold, _answer(truth[row], names), *said, one.threshold])
-    os.replace(part, path)
+    text = io.StringIO(newline="")
+    writer = csv.writer(text)
+    columns = [f"p_{name}" for name in names] if answers[0].outputs.ndim == 2 else ["prediction"]
+    writer.writerow([cohort.unit, "seed", "fold", "truth", *columns, "threshold"])
+    for one in answers:
+        for row, outputs in zip(one.rows, np.atleast_2d(one.outputs.T).T, strict=True):
+            said = [f"{value:.6f}" for value in np.ravel(outputs)]
+            writer.writerow([units[row], one.seed, one.fold, _answer(truth[row], names), *said, one.threshold])
+    put(path, text.getvalue().encode("utf-8", "surrogateescape"))
 
 
 def _answer(truth: Any, names: Sequence[str]) -> str:

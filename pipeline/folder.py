@@ -11,9 +11,12 @@ import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 from .errors import UsageError
+from .objects import ObjectPath
 from .outcome import Outcome
+from .places import is_remote, opened, placed, walk
 from .readers import sniff
 from .tables import read_table
 
@@ -57,8 +60,10 @@ class Folder:
 
 def find_slides(source: str | Path, out: Path | None = None) -> Folder:
     """The slides of a folder, a glob, a CSV with a column `slide`, or one file. Raises UsageError if there are none."""
-    text, closed = os.fspath(source), list[str]()
-    if os.path.isdir(text):
+    text, closed = str(source), list[str]()
+    if text.startswith("s3://"):
+        root, files = _of_objects(text, out)
+    elif os.path.isdir(text):
         root = Path(os.path.abspath(text))
         files = dict(sorted(_walk(root, out, closed)))
     elif os.path.lexists(text) and not text.lower().endswith(".csv"):
@@ -72,10 +77,33 @@ def find_slides(source: str | Path, out: Path | None = None) -> Folder:
         raise UsageError(f"{text}: there is no such file or folder")
     if not files:
         raise UsageError(f"{text}: no slide in it. Known are the extensions {' '.join(sorted(EXTENSIONS))}")
-    series = _series(files)
+    series = {} if is_remote(root) else _series(files)  # of DICOM files, which are not read from there
     skipped = [Outcome(name, "skipped", "open", message=f"part of {first}") for name, first in series.items()]
     skipped += [Outcome(name, "skipped", "open", message="no permission to list this folder") for name in closed]
     return Folder(root, {name: path for name, path in files.items() if name not in series}, tuple(skipped))
+
+
+def _of_objects(text: str, out: Path | None) -> tuple[Path, dict[str, Path]]:
+    """The same of s3://bucket/…: a folder, a glob, a CSV, one object."""
+    path = placed(text)
+    if path.is_file():
+        return _from_csv(path) if text.lower().endswith(".csv") else (path.parent, {path.name: path})
+    fixed = len(re.split(r"[*?\[]", text, maxsplit=1)[0].rpartition("/")[0])
+    if not path.is_dir() and globbing.has_magic(text):
+        root = placed(text[:fixed])
+        found = cast(ObjectPath, root).matching(text[fixed + 1 :])
+        return root, {str(p.relative_to(root)): cast(Path, p) for p in found if is_candidate(cast(Path, p))}
+    if not path.is_dir():
+        raise UsageError(f"{text}: there is no such object or folder")
+    return path, dict(sorted(_walk_objects(path, out)))
+
+
+def _walk_objects(root: Path, out: Path | None) -> Iterator[tuple[str, Path]]:
+    for folder, names, files in walk(root):
+        stems = {os.path.splitext(name)[0] for name in files if name.lower().endswith(".mrxs")}
+        ours = {name for name in names if name.endswith(".zarr") or folder / name == out}
+        names[:] = sorted(name for name in names if name not in ours | stems and not name.startswith("."))
+        yield from ((str((folder / n).relative_to(root)), folder / n) for n in files if is_candidate(folder / n))
 
 
 def _walk(root: Path, out: Path | None, closed: list[str]) -> Iterator[tuple[str, Path]]:
@@ -136,7 +164,7 @@ def is_candidate(path: Path) -> bool:
     if path.name.startswith("."):
         return False
     try:
-        mode = os.stat(path).st_mode
+        mode = stat.S_IFREG if is_remote(path) else os.stat(path).st_mode
     except OSError:
         return path.suffix.lower() in EXTENSIONS  # a dangling or looping link: said, not passed over
     if not stat.S_ISREG(mode):
@@ -149,7 +177,7 @@ def is_candidate(path: Path) -> bool:
 
 def _head(path: Path) -> bytes:
     try:
-        with open(path, "rb") as file:
+        with opened(path) as file:
             return file.read(132)
     except OSError:
         return b""
@@ -175,11 +203,10 @@ def _expand(pattern: str) -> Iterator[str]:
 
 
 def _from_csv(table: Path) -> tuple[Path, dict[str, Path]]:
-    root = Path(os.path.abspath(table)).parent
+    root = placed(table).parent
     files: dict[str, Path] = {}
     for row in read_table(table):
-        path = Path(os.path.abspath(root / row["slide"]))
-        name = os.path.relpath(path, root)
+        name, path = _beside(root, row["slide"])
         if name.startswith(".."):
             raise UsageError(
                 f"{table}: {row['slide']!r} lies outside the table's folder; put the table above its slides"
@@ -188,6 +215,16 @@ def _from_csv(table: Path) -> tuple[Path, dict[str, Path]]:
             raise UsageError(f"{table}: {row['slide']!r} stands in it twice")
         files[name] = path
     return root, files
+
+
+def _beside(root: Path, cell: str) -> tuple[str, Path]:
+    """(name relative to root, path) of what a cell of a table in this folder means; the name leads out if it does."""
+    if not is_remote(root):
+        path = Path(os.path.abspath(root / cell))
+        return os.path.relpath(path, root), path
+    cell = cell.removeprefix(f"{root}/")
+    name = ".." if cell.startswith(("/", "s3://")) else os.path.normpath(cell)
+    return name, root / name
 
 
 def _series(files: dict[str, Path]) -> dict[str, str]:

@@ -2,7 +2,8 @@
 
 OUT/.runs/<run> says who a run is and how far it has come. It is written to every few seconds, so its age is the run's
 heartbeat, and locked as long as the process lives: on the same machine a death shows at once, from another machine
-after EXPIRY. OUT/.runs/slides/…/<slide>.<run> is a lease. A run writes its own and then looks: it holds the slide if no
+after EXPIRY. An object store has no locks, so there the age alone tells (and, within one machine, whether the process
+is there). OUT/.runs/slides/…/<slide>.<run> is a lease. A run writes its own and then looks: it holds the slide if no
 other living run has one too. A settled slide's lease keeps its row, so that the others need not do it again. Nothing is
 left that anyone must delete: who finds a run dead removes what it left.
 """
@@ -13,6 +14,7 @@ import hashlib
 import json
 import os
 import platform
+import random
 import threading
 import time
 import uuid
@@ -23,13 +25,16 @@ from pathlib import Path
 from typing import Any
 
 from .errors import RunStopped, UsageError
+from .objects import ObjectPath
 from .outcome import Outcome
+from .places import is_remote, unlink_all
 
 BEAT = 5.0  # seconds between heartbeats
 EXPIRY = 60.0  # a run of another machine that was silent for so long is dead; one of NFS may look 30 s older than it is
 ABANDONED = 600.0  # the same, judged by a worker, whose clock need not be that of the file system
 FOLDER = ".runs"
 GUARD = "guard.lock"
+GUARDED_S = 10.0  # nobody needs so long for what is done `alone`
 ROOM = 1024  # bytes of a run's file, in one write: a reader sees the old or the new text
 NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
 
@@ -60,6 +65,7 @@ class Holder:
     pid: int = field(default_factory=os.getpid)
     start: str = field(default_factory=lambda: time.strftime("%Y-%m-%d %H:%M:%S"))
     course: Course = Course()
+    processes: str = field(default_factory=lambda: _processes())  # among which `pid` is a number
 
     def words(self) -> str:
         return f"process {self.pid} on {self.host}, running since {self.start}"
@@ -71,8 +77,8 @@ class Leases:
     def __init__(self, out: Path, holder: Holder) -> None:
         self.out, self.holder = out, holder
         self._folder, self._file = out / FOLDER, out / FOLDER / holder.run
-        self._handle = _register(self._file, holder)
-        self._began = os.fstat(self._handle).st_mtime
+        self._pulse = _Put(self._file) if isinstance(self._file, ObjectPath) else _Locked(self._file, holder)
+        self._began = self._pulse.write(holder)
         self._beaten = (self._began, time.monotonic())
         self._stopped, self._fault = threading.Event(), ""
         self._heart = threading.Thread(target=self._live, name="heartbeat", daemon=True)
@@ -139,8 +145,7 @@ class Leases:
         if not self._file.exists():
             self._fault = f"this run was silent for over {EXPIRY:.0f} s, and another run has taken its place"
             return
-        _write(self._handle, self.holder)
-        self._beaten = (os.fstat(self._handle).st_mtime, time.monotonic())
+        self._beaten = (self._pulse.write(self.holder), time.monotonic())
 
     def _live(self) -> None:
         while not self._stopped.wait(BEAT) and not self._fault:
@@ -148,16 +153,18 @@ class Leases:
                 self.beat()
             except OSError as error:
                 self._fault = f"{self._file} cannot be written to: {error.strerror}"
+            except RunStopped as error:
+                self._fault = str(error)
 
     def leave(self) -> None:
         """End the heartbeat. What this run settled stays for those that are still at work; the last one sweeps."""
         self._stopped.set()
         self._heart.join()
-        with suppress(OSError):  # a run may end because its disk is gone
+        with suppress(OSError, RunStopped):  # a run may end because its disk is gone
             self._file.unlink(missing_ok=True)
             if not self.others():
                 _sweep(self._folder, self._now())
-        os.close(self._handle)
+        self._pulse.close()
 
 
 @contextmanager
@@ -178,12 +185,16 @@ def joined(out: Path, work: str) -> Iterator[Leases]:
 
 def living(out: Path, now: float | None = None) -> list[Holder]:
     """The runs at work in OUT, the oldest first. `now`: by the clock of its file system, else this machine's."""
+    found = (_living(path, time.time() if now is None else now) for path in _runs(out / FOLDER))
+    return sorted((holder for holder in found if holder is not None), key=lambda holder: (holder.start, holder.run))
+
+
+def _runs(folder: Path) -> list[Path]:
+    """The files of all runs, of those that are over too."""
     try:
-        names = [entry.name for entry in os.scandir(out / FOLDER) if entry.is_file() and "." not in entry.name]
+        return [path for path in folder.iterdir() if "." not in path.name and path.is_file()]
     except OSError:
         return []
-    found = (_living(out / FOLDER / name, time.time() if now is None else now) for name in names)
-    return sorted((holder for holder in found if holder is not None), key=lambda holder: (holder.start, holder.run))
 
 
 def held(out: Path) -> dict[str, Holder]:
@@ -193,10 +204,23 @@ def held(out: Path) -> dict[str, Holder]:
     return {x["slide"]: runs[x["run"]] for x in leases if x and x["row"] is None and x["run"] in runs}
 
 
+_looked: dict[tuple[Path, str], float] = {}  # when an object store was last asked for a run
+
+
+def _is_time_to_look(out: Path, run: str) -> bool:
+    """A worker asks with every batch of tiles: an object store is asked once in a heartbeat."""
+    if time.monotonic() - _looked.get((out, run), -1e9) < BEAT:
+        return False
+    _looked[out, run] = time.monotonic()
+    return True
+
+
 def require_current(out: Path, run: str) -> None:
     """In a worker. RunStopped if the run is over: its process ended, or others have found it dead."""
+    if is_remote(out) and not _is_time_to_look(out, run):
+        return
     try:
-        silent = time.time() - os.stat(out / FOLDER / run).st_mtime
+        silent = time.time() - (out / FOLDER / run).stat().st_mtime
     except FileNotFoundError:
         raise RunStopped("the run that this work belongs to is over") from None
     if silent > ABANDONED:
@@ -206,15 +230,102 @@ def require_current(out: Path, run: str) -> None:
 @contextmanager
 def alone(out: Path) -> Iterator[None]:
     """Around changes of a file that several runs keep together. Where a file system has no locks, nothing is held."""
+    if isinstance(out, ObjectPath):
+        with _guarded(out / FOLDER / GUARD):
+            yield
+        return
     (out / FOLDER).mkdir(exist_ok=True)
     handle = os.open(out / FOLDER / GUARD, os.O_RDWR | os.O_CREAT, 0o666)
     try:
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + GUARDED_S
         while not _locked(handle) and time.monotonic() < deadline:
             time.sleep(0.01)
         yield
     finally:
         os.close(handle)
+
+
+@contextmanager
+def _guarded(path: ObjectPath) -> Iterator[None]:
+    """An object that one creates, and the others wait until it is gone. One whose maker died stands for GUARDED_S."""
+    token, deadline, there = uuid.uuid4().hex.encode(), time.monotonic() + GUARDED_S, b""
+    while time.monotonic() < deadline:
+        try:
+            path.create(token)
+            break
+        except FileExistsError:
+            with suppress(FileNotFoundError):
+                before, there = there, path.read_bytes()
+                if there == token:  # created, and the answer was lost
+                    break
+                if there != before:  # another one's turn
+                    deadline = time.monotonic() + GUARDED_S
+            time.sleep(random.uniform(0.05, 0.2))
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+            break
+    try:
+        yield
+    finally:
+        path.unlink()
+
+
+def _processes() -> str:
+    """The set of processes in which this one's number means something: containers have their own."""
+    try:
+        return os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return ""
+
+
+def _is_gone(holder: Holder) -> bool:
+    """True if it was a process of this machine, and is none any more."""
+    if (holder.kernel, holder.processes) != (_kernel(), _processes()):
+        return False
+    try:
+        os.kill(holder.pid, 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        return False
+    return False
+
+
+class _Locked:
+    """A run's file on a disk, locked as long as the process lives."""
+
+    def __init__(self, path: Path, holder: Holder) -> None:
+        self._handle = _register(path, holder)
+
+    def write(self, holder: Holder) -> float:
+        """The time of it, by the clock of the file system."""
+        _write(self._handle, holder)
+        return os.fstat(self._handle).st_mtime
+
+    def close(self) -> None:
+        os.close(self._handle)
+
+
+class _Put:
+    """A run's file on an object store, where putting it would bring a buried run back to life."""
+
+    def __init__(self, path: ObjectPath) -> None:
+        self._path, self._last = path, 0.0
+
+    def write(self, holder: Holder) -> float:
+        """The time of it, by the clock of the server. RunStopped if others may have found this run dead meanwhile."""
+        self._path.write_bytes(_text(holder))
+        before, self._last = self._last, self._path.stat().st_mtime
+        if before and self._last - before > EXPIRY - BEAT:
+            self._path.unlink()
+            raise RunStopped(
+                f"this run was silent for {self._last - before:.0f} s, and others may have taken its place"
+            )
+        return self._last
+
+    def close(self) -> None:
+        pass
 
 
 def _kernel() -> str:
@@ -256,11 +367,17 @@ def _locked(handle: int) -> bool:
 
 
 def _write(handle: int, holder: Holder) -> None:
-    os.pwrite(handle, json.dumps(asdict(holder)).encode().ljust(ROOM), 0)
+    os.pwrite(handle, _text(holder), 0)
+
+
+def _text(holder: Holder) -> bytes:
+    return json.dumps(asdict(holder)).encode().ljust(ROOM)
 
 
 def _living(path: Path, now: float) -> Holder | None:
     """The run of this file, None if it is over."""
+    if isinstance(path, ObjectPath):
+        return _living_object(path, now)
     try:
         handle = os.open(path, os.O_RDONLY)
     except FileNotFoundError:
@@ -272,6 +389,16 @@ def _living(path: Path, now: float) -> Holder | None:
         return None if holder.kernel == _kernel() and _is_free(handle) else holder
     finally:
         os.close(handle)
+
+
+def _living_object(path: ObjectPath, now: float) -> Holder | None:
+    try:
+        if now - path.stat().st_mtime > EXPIRY:
+            return None
+        holder = _holder(path.name, path.read_bytes())
+    except FileNotFoundError:
+        return None
+    return None if _is_gone(holder) else holder
 
 
 def _holder(run: str, text: bytes) -> Holder:
@@ -306,6 +433,9 @@ def _read(path: Path) -> tuple[dict[str, Any], float]:
 
 
 def _place(path: Path, lease: dict[str, Any]) -> None:
+    if is_remote(path):
+        path.write_bytes(json.dumps(lease).encode())
+        return
     part = path.with_name(f".{path.name}.partial")
     part.write_text(json.dumps(lease))
     os.replace(part, path)
@@ -316,7 +446,6 @@ def _sweep(folder: Path, now: float) -> None:
     for run in [path for path in folder.iterdir() if path.is_file() and path.name != GUARD]:
         if _living(run, now) is None:
             _bury(run)
-    for path in [*folder.glob("slides/*/*"), *folder.glob("slides/*/.*.partial")]:
-        run_id = path.name.removesuffix(".partial").rpartition(".")[2]
-        if not (folder / run_id).exists():
-            path.unlink(missing_ok=True)
+    leases = [*folder.glob("slides/*/*"), *folder.glob("slides/*/.*.partial")]
+    runs = {path.name for path in _runs(folder)}  # looked for after their leases
+    unlink_all([path for path in leases if path.name.removesuffix(".partial").rpartition(".")[2] not in runs])

@@ -21,6 +21,7 @@ from .looks import look_at
 from .outcome import Outcome, Report, failed
 from .output import read_run
 from .overlap import SHARES, Ground, region_figures, tile_figures
+from .places import placed
 from .prediction import Model, choose_models
 from .stages import versions
 from .store import BagStore, SlideGroup, short_name
@@ -124,7 +125,7 @@ def evaluate(
         raise UsageError(f"{store.root} is no output folder of `slidestream run`")
     trained = choose_models(model, store.root, folds)
     slides = store.slides()
-    files, notes = find_annotations(annotations, {slide: Path(root, slide) for slide in slides})
+    files, notes = find_annotations(annotations, {slide: placed(root) / slide for slide in slides})
     groups, more = _patients(patients, slides, files)
     _require_readable(store, files)
     folder = store.root / "evaluations" / trained.name

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .places import is_remote
+
 # From bad to harmless. outdated: whole, but of another slide file or recipe; note: no fault.
 KINDS = ("damaged", "unfinished", "outdated", "failed", "note")
 REDO = (" --redo", " with redo=True")
@@ -102,7 +104,7 @@ class Commands:
 
 
 def removed(place: Path) -> str:
-    return f"rm -r {shlex.quote(str(place))}"
+    return f"{'aws s3 rm --recursive' if is_remote(place) else 'rm -r'} {shlex.quote(str(place))}"
 
 
 def merged(mends: Iterable[Sequence[str]]) -> list[str]:
@@ -112,5 +114,5 @@ def merged(mends: Iterable[Sequence[str]]) -> list[str]:
     made = ("slidestream predict", "slidestream stitch")
     return sorted(
         (command for command in once if command not in redone),
-        key=lambda command: 0 if command.startswith("rm ") else 2 if command.startswith(made) else 1,
+        key=lambda command: 0 if command.startswith(("rm ", "aws s3 rm ")) else 2 if command.startswith(made) else 1,
     )

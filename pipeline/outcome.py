@@ -1,15 +1,16 @@
 """What became of each slide: one row, one table, `slides.csv`."""
 
 import csv
+import io
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from .aside import aside
 from .errors import SlideError
 from .meter import Meter
+from .places import put
 from .saving import Saving
 
 
@@ -66,11 +67,12 @@ def failed(slide: str, error: SlideError) -> Outcome:
 
 def write_outcomes(path: Path, outcomes: Iterable[Outcome]) -> None:
     """The table, sorted by slide, in one step: whoever reads it sees the old or the new one, never half of it."""
-    with aside(path) as part, open(part, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        for outcome in sorted(outcomes, key=lambda o: o.slide):
-            writer.writerow({name: _cell(value) for name, value in asdict(outcome).items()})
+    table = io.StringIO(newline="")
+    writer = csv.DictWriter(table, COLUMNS)
+    writer.writeheader()
+    for outcome in sorted(outcomes, key=lambda o: o.slide):
+        writer.writerow({name: _cell(value) for name, value in asdict(outcome).items()})
+    put(path, table.getvalue().encode("utf-8", "surrogateescape"))
 
 
 def _cell(value: object) -> object:
@@ -81,16 +83,17 @@ def _cell(value: object) -> object:
 
 def read_outcomes(path: Path) -> list[Outcome]:
     """The rows of a slides.csv; none if there is no such file."""
-    if not path.exists():
+    try:
+        text = path.read_bytes().decode("utf-8", "surrogateescape")
+    except FileNotFoundError:
         return []
     rows = []
-    with open(path, newline="", encoding="utf-8", errors="surrogateescape") as file:
-        for row in csv.DictReader(file):
-            cells = {
-                name: (KINDS[name](row[name]) if row.get(name) else None) if name in KINDS else row.get(name) or ""
-                for name in COLUMNS
-            }
-            rows.append(Outcome(**cells))  # type: ignore[arg-type]
+    for row in csv.DictReader(io.StringIO(text, newline="")):
+        cells = {
+            name: (KINDS[name](row[name]) if row.get(name) else None) if name in KINDS else row.get(name) or ""
+            for name in COLUMNS
+        }
+        rows.append(Outcome(**cells))  # type: ignore[arg-type]
     return rows
 
 

@@ -7,16 +7,17 @@ import shlex
 import sys
 import tempfile
 import time
+import uuid
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from .aside import aside
 from .config import difference
 from .errors import UsageError
 from .folder import Folder
 from .leases import FOLDER, Holder, held, living
 from .outcome import Report, read_outcomes
+from .places import is_remote, of_each, put
 from .stages import Recipe, versions
 from .store import BagStore, SlideGroup, read_attrs
 
@@ -49,6 +50,15 @@ def check_out(out: Path, folder: Folder, recipe: Recipe, redo: bool) -> None:
 
 def require_writable(out: Path) -> None:
     """UsageError if OUT cannot be written to, or made; leaves nothing behind."""
+    if is_remote(out):
+        probe = out / f".probe-{uuid.uuid4().hex}"
+        try:
+            probe.write_bytes(b"")
+            probe.unlink()
+        except OSError as error:
+            why = "there is no such bucket" if isinstance(error, FileNotFoundError) else error.strerror
+            raise UsageError(f"{out} cannot be written to: {why}") from error
+        return
     there = next(folder for folder in (out, *out.parents) if folder.exists())
     for folder in (there, out / FOLDER):  # the second may be another user's
         try:
@@ -61,6 +71,8 @@ def require_writable(out: Path) -> None:
 
 
 def make_writable(out: Path) -> None:
+    if is_remote(out):
+        return
     probe = out / f".probe-{os.getpid()}"
     try:
         for name in ("slides", "qc", "logs"):
@@ -72,8 +84,7 @@ def make_writable(out: Path) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    with aside(path) as part:
-        part.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n")
+    put(path, (json.dumps(value, indent=1, sort_keys=True) + "\n").encode())
 
 
 def machine() -> dict[str, Any]:
@@ -141,7 +152,8 @@ def status_lines(out: Path) -> tuple[list[str], int]:
         raise UsageError(f"{out} is no output folder of `slidestream run`")
     runs, running = living(out), held(out)
     store = BagStore(out)
-    states = {name: store.group(name).status for name in store.slides()}
+    slides = store.slides()
+    states = dict(zip(slides, of_each(lambda name: store.group(name).status, slides, out), strict=True))
     rows = {row.slide: row for row in read_outcomes(out / "slides.csv")}
     faults = [
         row

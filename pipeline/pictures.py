@@ -25,6 +25,7 @@ from .fingerprint import fingerprint
 from .folder import find_slides
 from .labels import Labels, listed
 from .output import read_run
+from .places import placed
 from .readers import open_slide
 from .slide import Box, ReadCost, Slide, Thumbnail, read_mean, source_level, thumbnail
 from .store import BagStore
@@ -134,7 +135,7 @@ class Pictures:
     def of_store(cls, store: BagStore, slides: Iterable[str]) -> "Pictures":
         """The slides of an output folder. Its levels are those of the tiles."""
         run = read_run(store.root)
-        root, files = Path(run["root"]), {}
+        root, files = placed(run["root"]), {}
         for slide in slides:
             files[slide] = (root / slide, store.group(slide).attrs["scale"]["given"])
         first = store.group(next(iter(files)))

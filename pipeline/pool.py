@@ -17,6 +17,7 @@ from .feed import Feed
 from .fingerprint import stamp
 from .meter import Meter
 from .output import read_run
+from .places import placed
 from .quadtree import QuadTree
 from .readers import open_slide
 from .slide import Slide
@@ -168,7 +169,7 @@ def read_pool(out: Path, slides: Iterable[str], level: float | None) -> tuple[Po
         group = store.group(name)
         tree = group.tree()
         k = _level(tree, level)
-        part = _part(Path(root) / name, group, replace(tree, encoded=(k,)))
+        part = _part(placed(root) / name, group, replace(tree, encoded=(k,)))
         absent += [] if _is_there(part) else [name]
         mpps.add(round(tree.levels[k].mpp, 6))
         parts.append(part)

@@ -6,8 +6,8 @@ it was trained on, so that it can be used on new slides with nothing else at han
 
 import csv
 import hashlib
+import io
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save
 
 from heads import BadBag, Bag, Head, Prediction, load_head
 from heads.average import Average
@@ -25,6 +25,7 @@ from heads.tasks import Task, task_of
 
 from .draw import heatmap, save_png
 from .errors import BrokenBag, UsageError
+from .places import placed, put, typed
 from .quadtree import QuadTree
 from .saving import Saving
 from .store import BagStore, SlideGroup, read_attrs, short_name
@@ -44,8 +45,7 @@ class Model:
     def sha256(self) -> str:
         """Of its two files: another training under the same name is another model."""
         total = hashlib.sha256((self.folder / "model.json").read_bytes())
-        with open(self.folder / "model.safetensors", "rb") as file:
-            total.update(hashlib.file_digest(file, "sha256").digest())
+        total.update(hashlib.sha256((self.folder / "model.safetensors").read_bytes()).digest())
         return total.hexdigest()
 
     @property
@@ -77,23 +77,18 @@ class Model:
 
 def save_model(folder: Path, head: Head, about: dict[str, Any]) -> None:
     """Write a model folder; `model.json` comes last, so that a folder with one is whole."""
-    folder.mkdir(parents=True, exist_ok=True)
     (folder / "model.json").unlink(missing_ok=True)
-    part = folder / "model.safetensors.partial"
-    save_file({name: tensor.contiguous().cpu() for name, tensor in head.state_dict().items()}, part)
-    os.replace(part, folder / "model.safetensors")
-    text = json.dumps(about, indent=1, sort_keys=True) + "\n"
-    part = folder / "model.json.partial"
-    part.write_text(text)
-    os.replace(part, folder / "model.json")
+    weights = {name: tensor.contiguous().cpu() for name, tensor in head.state_dict().items()}
+    put(folder / "model.safetensors", save(weights))
+    put(folder / "model.json", (json.dumps(about, indent=1, sort_keys=True) + "\n").encode())
 
 
 def find_model(model: str | Path, out: Path | None) -> Path:
     """A model's folder: the path itself, or a name below OUT/models. Raises UsageError."""
-    tried = [Path(model)] + ([out / "models" / model] if out is not None else [])
+    tried = [typed(model)] + ([out / "models" / model] if out is not None else [])
     for folder in tried:
         if (folder / "model.json").is_file():
-            return Path(os.path.abspath(folder))
+            return placed(folder)
     there = sorted(p.parent.name for p in (out / "models").glob("*/model.json")) if out is not None else []
     known = f"; models there: {', '.join(there)}" if there else ""
     raise UsageError(f"no model at {' or '.join(str(f) for f in tried)} (a folder with model.json){known}")
@@ -104,7 +99,7 @@ def load_model(folder: Path) -> Model:
     try:
         about = json.loads((folder / "model.json").read_bytes())
         head = load_head(about["head"], about["dim"], about.get("outputs", len(about["classes"])), **about["options"])
-        head.load_state_dict(load_file(folder / "model.safetensors"))
+        head.load_state_dict(load((folder / "model.safetensors").read_bytes()))
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         raise UsageError(f"{folder}: not a usable model: {' '.join(str(error).split())[:400]}") from error
     return Model(folder.name, head.eval(), about, folder)
@@ -242,11 +237,9 @@ def stored_answer(group: SlideGroup, model: Model) -> np.ndarray:
 
 
 def write_predictions(path: Path, model: Model, table: list[tuple[str, np.ndarray]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.partial")
-    with open(part, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
-        writer = csv.writer(file)
-        writer.writerow(["slide", *columns(model.task, model.classes)])
-        for slide, values in sorted(table, key=lambda row: row[0]):
-            writer.writerow([slide, *cells(model.task, model.classes, values, model.threshold)])
-    os.replace(part, path)
+    text = io.StringIO(newline="")
+    writer = csv.writer(text)
+    writer.writerow(["slide", *columns(model.task, model.classes)])
+    for slide, values in sorted(table, key=lambda row: row[0]):
+        writer.writerow([slide, *cells(model.task, model.classes, values, model.threshold)])
+    put(path, text.getvalue().encode("utf-8", "surrogateescape"))

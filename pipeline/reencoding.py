@@ -22,6 +22,7 @@ from .fingerprint import stamp
 from .mending import Commands, Finding
 from .meter import Meter
 from .output import batch_sizes, machine
+from .places import placed
 from .quadtree import QuadTree
 from .rows import Held, Work, nothing_of
 from .stages import SlideFile, load_tiler, make_recipe, open_encoder, versions, work_on
@@ -126,7 +127,7 @@ class Reencoding:
                 wanted = np.zeros(len(tree.encoded_rows), bool)
                 wanted[rows] = True
                 shelf = Held(self.key, self._recipe.config.dtype, wanted)
-                file = SlideFile(slide, Path(self._about["root"]) / slide, group.attrs["scale"]["given"])
+                file = SlideFile(slide, placed(self._about["root"]) / slide, group.attrs["scale"]["given"])
                 work = work_on(file, group, self._recipe, tree, shelf)
                 held[slide] = _Sampled(rows, shelf)
                 yield replace(work, unchanged=_Unchanged(file.path))  # a copy has another time than the file had then

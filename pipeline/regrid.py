@@ -15,6 +15,7 @@ from .encode import Settings, encode_slides
 from .errors import BrokenBag, UsageError
 from .meter import Meter
 from .output import batch_sizes, read_run
+from .places import placed
 from .prediction import Model
 from .quadtree import QuadTree, TreeLevel
 from .rows import Held, Work
@@ -52,7 +53,7 @@ class Regrid:
             raise UsageError(str(error)) from error
         if self.recipe.weights_sha256 != model.about["weights_sha256"]:
             raise UsageError(f"{model.name} was trained on features of other weights than the {plain.weights_words}")
-        self._root, self._on_tiles = Path(run["root"]), on_tiles
+        self._root, self._on_tiles = placed(run["root"]), on_tiles
         size = config.batch_size or batch_sizes(out, model.about["encoder_key"]).get(device_name(self._device))
         self._settings = Settings(size, config.readers, torch.get_num_threads(), config.queue_mb << 20)
 

@@ -6,7 +6,7 @@ chunks of rows, each once: a chunk that exists is finished, whatever happened af
 
 import hashlib
 import os
-import shutil
+from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,8 @@ import numpy as np
 
 from .arrays import PLAIN, DamagedArray, StoredArray, read_attrs, write_group
 from .errors import BrokenBag, UsageError, nearest, slide_door
+from .objects import ObjectPath
+from .places import is_remote, of_each, placed, remove_tree, walk
 from .quadtree import QuadTree
 from .tissue import TissueMask
 
@@ -34,7 +36,7 @@ class BagStore:
     """
 
     def __init__(self, root: str | Path) -> None:
-        self.root = Path(os.path.abspath(root))
+        self.root = placed(root)
 
     def group(self, slide: str) -> "SlideGroup":
         """The group of a slide, whether it is there or not."""
@@ -42,13 +44,8 @@ class BagStore:
 
     def slides(self) -> list[str]:
         """The slides that have a readable group, sorted; look at `group(slide).status` for what it is worth."""
-        found = []
-        for folder, names, _ in os.walk(self.root / "slides"):
-            groups = [name for name in names if name.endswith(".zarr")]
-            names[:] = [name for name in names if name not in groups]
-            attrs = (read_attrs(Path(folder, name)) for name in groups)
-            found += [a["slide"]["path"] for a in attrs if "slide" in a]
-        return sorted(found)
+        attrs = of_each(read_attrs, list(group_folders(self.root / "slides")), self.root)
+        return sorted(a["slide"]["path"] for a in attrs if "slide" in a)
 
     def bag(self, slide: str, encoder: str | None = None) -> "Bag":
         """The stored features of a slide as a heads.Bag. `encoder` may be left out where there is one only.
@@ -81,6 +78,14 @@ class BagStore:
             )
             at += n if has else 0
         return Bag(levels=levels, slide=slide)
+
+
+def group_folders(slides: Path) -> Iterator[Path]:
+    """The folders of all groups below `slides`."""
+    for folder, names, _ in walk(slides):
+        groups = sorted(name for name in names if name.endswith(".zarr"))
+        names[:] = [name for name in names if name not in groups]
+        yield from (folder / name for name in groups)
 
 
 def group_path(slide: str) -> Path:
@@ -121,13 +126,15 @@ class SlideGroup:
         """Start or take up a group. One whose own attributes cannot be read is begun anew."""
         old = self.attrs
         if not old and self.path.exists():
-            shutil.rmtree(self.path)
+            remove_tree(self.path)
         self._sweep()
         hashes = old.get("hashes", {})
         self.update(schema=SCHEMA, schema_version=SCHEMA_VERSION, status=status, hashes=hashes, **attrs)
 
     def _sweep(self) -> None:
-        """Remove what a killed writer left half-written: a file is written aside and renamed."""
+        """Remove what a killed writer left half-written: a file is written aside and renamed, an object is not."""
+        if is_remote(self.path):
+            return
         for part in self.path.rglob("*.partial"):
             part.unlink(missing_ok=True)
 
@@ -137,7 +144,7 @@ class SlideGroup:
     def drop(self, *parts: str) -> None:
         """Delete parts of the group (`tissue`, `tiles`, `features`, `predictions`)."""
         for part in parts:
-            shutil.rmtree(self.path / part, ignore_errors=True)
+            remove_tree(self.path / part, ignore_errors=True)
 
     def finish(self, status: str, **attrs: Any) -> None:
         """The last write: from now on the group is whole."""
@@ -224,7 +231,7 @@ class SlideGroup:
     def encoders(self) -> list[str]:
         """The keys of the feature groups that are complete."""
         folder = self.path / "features"
-        names = sorted(os.listdir(folder)) if folder.is_dir() else []
+        names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
         return [name for name in names if read_attrs(folder / name).get("status") == "complete"]
 
     def encoder_key(self, encoder: str | None) -> str:
@@ -261,7 +268,7 @@ class SlideGroup:
         if read_attrs(folder).get("status") != "complete":
             raise BrokenBag(self.slide, "store", f"there is no prediction of the model {model!r}")
         with self._door():
-            names = sorted(part.name for part in folder.iterdir() if part.is_dir())
+            names = sorted(path.parent.name for path in folder.glob("*/zarr.json"))
             return {name: self._whole(f"predictions/{model}/{name}") for name in names}
 
     def _make_room(self, part: str) -> None:
@@ -345,9 +352,7 @@ class Features:
         total = hashlib.sha256()
         chunks = [path for name in ("x", "valid") for path in (self.path / name / "c").rglob("*") if path.is_file()]
         for path in sorted(chunks):
-            with open(path, "rb") as file:
-                file.seek(max(0, os.fstat(file.fileno()).st_size - CHECKSUM_BYTES))
-                total.update(file.read())
+            total.update(_end(path))
         return total.hexdigest()
 
     def finish(self, **attrs: Any) -> None:
@@ -359,6 +364,16 @@ class Features:
             raise BrokenBag(self.group.slide, "store", f"its features of {self.key} are not finished")
         with self.group._door():
             return self.group._whole(f"features/{self.key}/x"), self.group._whole(f"features/{self.key}/valid")
+
+
+def _end(path: Path) -> bytes:
+    """The checksum of a chunk."""
+    size = path.stat().st_size
+    if isinstance(path, ObjectPath):
+        return path.read_range(max(0, size - CHECKSUM_BYTES), size)
+    with open(path, "rb") as file:
+        file.seek(max(0, size - CHECKSUM_BYTES))
+        return file.read()
 
 
 def _chunk_rows(rows: int) -> int:

@@ -13,11 +13,12 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from .errors import UsageError, nearest
+from .places import is_remote, typed
 
 
 def read_table(path: str | Path, required: tuple[str, ...] = ("slide",)) -> list[dict[str, str]]:
     """The rows of a table, cells stripped. Raises UsageError if it cannot be read or a column is missing."""
-    text = _text(Path(path))
+    text = _text(typed(path))
     try:
         return list(_rows(path, text, required))
     except csv.Error as error:
@@ -81,7 +82,7 @@ class SlideNames:
     def find(self, cell: str, table: Path) -> str | None:
         """The slide's name, None if there is none. Raises UsageError if the cell could mean more than one."""
         meant = {cell} & self.names
-        if self.root is not None:
+        if self.root is not None and not is_remote(self.root):
             meant |= {os.path.relpath(os.path.join(os.path.abspath(table.parent), cell), self.root)} & self.names
         found = sorted(meant or set(self.stems.get(cell, self._without_ending(cell))))
         if len(found) > 1:

@@ -5,7 +5,6 @@ is unfinished, not damaged.
 """
 
 import csv
-import os
 import shlex
 import time
 from collections import Counter
@@ -22,7 +21,8 @@ from .mending import KINDS, Commands, Finding, merged, removed
 from .meter import Meter
 from .outcome import Outcome, read_outcomes
 from .output import read_run
-from .store import BagStore, SlideGroup, group_path
+from .places import is_remote, placed
+from .store import BagStore, SlideGroup, group_folders, group_path
 from .wholeness import Examination, stray
 
 if TYPE_CHECKING:
@@ -99,7 +99,7 @@ def verify(out: str | Path, deep: bool = False, *, progress: Progress | None = N
     and the encoder's weights. Writes nothing. Raises UsageError if there is no output folder, or if nothing at all
     could be encoded anew.
     """
-    place, progress = Path(os.path.abspath(out)), progress or Silent()
+    place, progress = placed(out), progress or Silent()
     folder = _OutFolder(place)
     anew, notes = folder.reencodings() if deep else ([], [])  # told before hours are spent on reading
     slides, findings = folder.slides(), [*notes, *folder.findings()]
@@ -136,8 +136,8 @@ class _OutFolder:
             self.about = {}
         self.commands = Commands(place, self.about)
         self._rows, self._table_fault = _read_table(place / "slides.csv")
-        self._has_root = bool(self.about) and os.path.isdir(self.about["root"])
-        self._groups = {self._name(path): path for path in _group_folders(place / "slides")}
+        self._has_root = bool(self.about) and placed(self.about["root"]).is_dir()
+        self._groups = {self._name(path): path for path in group_folders(place / "slides")}
 
     def _name(self, path: Path) -> str:
         """The slide of a group; where that cannot be read, the one of the table whose group would lie there."""
@@ -231,7 +231,7 @@ class _OutFolder:
         """The slide itself: is it still the one whose tiles are stored?"""
         if not self._has_root:
             return
-        path, told = Path(self.about["root"]) / slide, examined.attrs["slide"]
+        path, told = placed(self.about["root"]) / slide, examined.attrs["slide"]
         try:
             size, mtime_ns, *_ = stamp(path)
             same = size == told["size_bytes"]
@@ -288,14 +288,9 @@ def _fault_of_run(path: Path, about: dict[str, Any]) -> str:
     return f"says nothing of {', '.join(missing)}" if missing else ""
 
 
-def _group_folders(slides: Path) -> Iterator[Path]:
-    for folder, names, _ in os.walk(slides):
-        groups = sorted(name for name in names if name.endswith(".zarr"))
-        names[:] = [name for name in names if name not in groups]
-        yield from (Path(folder, name) for name in groups)
-
-
 def _strays(folder: Path, below: bool) -> list[Path]:
+    if is_remote(folder):
+        return []  # what is put whole leaves nothing
     return sorted(folder.rglob("*.partial") if below else folder.glob("*.partial"))
 
 

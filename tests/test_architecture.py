@@ -16,7 +16,9 @@ PACKAGES = ("pipeline", "extractors", "heads")
 ORDER = (
     *(
         "errors",
-        "aside",
+        "objects",
+        "ranges",
+        "places",
         "doubling",
         "meter",
         "saving",
@@ -83,6 +85,8 @@ ONLY_IN = {
     "distributed": ("pipeline/cluster.py", "pipeline/deploy.py"),
     "dask_jobqueue": ("pipeline/deploy.py",),
     "zarr": ("pipeline/arrays.py",),
+    "s3fs": ("pipeline/objects.py",),
+    "botocore": ("pipeline/objects.py",),
     "openslide": ("pipeline/readers/",),
     "tiffslide": ("pipeline/readers/",),
 }

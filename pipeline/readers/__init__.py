@@ -4,15 +4,15 @@ A reader is a module of this folder that defines `open(path) -> Slide`; adding o
 """
 
 import errno
-import os
 import stat
 from importlib import import_module
+from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 
 from ..errors import MACHINE_ERRNOS, UnreadableSlide, UsageError, nearest, slide_door
+from ..places import honest, is_remote, opened, placed
 from ..scale import resolve_scale
 from ..slide import Slide
 from .tiffcheck import Structure, structure
@@ -61,7 +61,7 @@ def open_slide(
         slide: Slide = _reader("image").ArraySlide(path)
         slide.reader, slide.reader_version = "image", _reader("image").VERSION
     else:
-        slide = _open_file(Path(os.path.abspath(path)), reader)
+        slide = _open_file(placed(path), reader)
     try:
         scale = resolve_scale(str(path) if not isinstance(path, np.ndarray) else "array", slide.tags, mpp, mpp_source)
     except BaseException:
@@ -81,6 +81,8 @@ def _reader(name: str):  # type: ignore[no-untyped-def]  # a module
 def _open_file(path: Path, requested: str) -> Slide:
     """The first reader that opens the file and vouches for its pixels; one that doubts them where no other will."""
     kind, what, found = _examine(path)
+    if is_remote(path):
+        return _open_remote(path, requested, kind, what, found)
     refusals: list[str] = []
     doubted: Slide | None = None
     for name in _in_order(kind) if requested == "auto" else (requested,):
@@ -103,6 +105,27 @@ def _open_file(path: Path, requested: str) -> Slide:
     raise UnreadableSlide(str(path), "open", f"no reader here supports it ({what}). {' | '.join(refusals)}")
 
 
+def _open_remote(path: Path, requested: str, kind: str, what: str, found: Structure) -> Slide:
+    """The one reader of a format that reads from an object store, unless OpenSlide is to be preferred."""
+    name = ("tiffslide" if kind == "TIFF" else "image") if requested == "auto" else requested
+    if name not in READERS:
+        raise UsageError(nearest(name, ["auto", *READERS], "reader"))
+    if name == "openslide" or (requested == "auto" and kind not in ("TIFF", "PNG", "JPEG", "JPEG 2000")):
+        reason = f"OpenSlide, which may know it ({what}), reads from disks only: copy the slide to one"
+        raise UnreadableSlide(str(path), "open", reason)
+    refusals: list[str] = []
+    slide = _open_with(name, path, refusals)
+    if slide is None:
+        reason = f"{refusals[0]}. OpenSlide may know it, and reads from disks only: copy the slide to one"
+        raise UnreadableSlide(str(path), "open", reason)
+    if slide.doubt and requested == "auto":
+        slide.close()
+        reason = f"{slide.doubt}, and it reads from disks only: copy the slide to one, or pass --reader {name}"
+        raise UnreadableSlide(str(path), "open", reason)
+    slide.warnings = (*_name_warnings(path, kind), *_level_warnings(slide, found))
+    return slide
+
+
 def _examine(path: Path) -> tuple[str, str, Structure]:
     """The format of a file by its content, the same in words, and its structure; what is no whole slide is refused."""
     found = Structure("")
@@ -112,7 +135,7 @@ def _examine(path: Path) -> tuple[str, str, Structure]:
         kind = sniff(head)
         _refuse_impostor(path, head)
         if kind == "TIFF":
-            with slide_door(str(path), "open"):
+            with slide_door(str(path), "open"), honest(file):
                 found = structure(file)
             if found.fault:
                 raise UnreadableSlide(str(path), "open", found.fault)
@@ -145,17 +168,17 @@ def _describe(head: bytes) -> str:
     return "unknown format, its first bytes are " + head[:4].hex(" ")
 
 
-def _regular_file(path: Path) -> BinaryIO:
+def _regular_file(path: Path) -> BufferedReader:
     """Open without following into a FIFO or device, and with the true reason where it fails: readers hide errno."""
     try:
-        mode = os.stat(path).st_mode
+        mode = path.stat().st_mode
         if stat.S_ISDIR(mode):
             raise UnreadableSlide(str(path), "open", "it is a directory")
         if not stat.S_ISREG(mode):
             raise UnreadableSlide(str(path), "open", "it is not a regular file")
-        if os.stat(path).st_size == 0:
+        if path.stat().st_size == 0:
             raise UnreadableSlide(str(path), "open", "the file is empty (0 bytes)")
-        return open(path, "rb")
+        return opened(path)
     except OSError as error:
         if error.errno in MACHINE_ERRNOS:
             raise

@@ -7,6 +7,7 @@ import simplejpeg
 from PIL import Image
 
 from ..errors import UnreadableSlide
+from ..places import honest, opened
 from ..scale import ScaleTags
 from ..slide import Slide, make_levels
 
@@ -18,10 +19,8 @@ VERSION = f"pillow {Image.__version__}"
 
 def open(path: Path) -> Slide:
     """Pillow decodes damaged pixels without complaint, so that PNG and JPEG files are checked before."""
-    with Image.open(path, formats=FORMATS) as image:
-        if image.format == "PNG":
-            image.verify()  # the checksum of every chunk
-    with Image.open(path, formats=FORMATS) as image:
+    _require_checksums(path)
+    with opened(path) as file, honest(file), Image.open(file, formats=FORMATS) as image:
         width, height = image.size
         if width * height > MAX_PIXELS:
             raise UnreadableSlide(
@@ -38,6 +37,13 @@ def open(path: Path) -> Slide:
         rgba = image.convert("RGBA")
     white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
     return ArraySlide(np.asarray(Image.alpha_composite(white, rgba).convert("RGB")), path)
+
+
+def _require_checksums(path: Path) -> None:
+    """Of every chunk of a PNG file."""
+    with opened(path) as file, honest(file), Image.open(file, formats=FORMATS) as image:
+        if image.format == "PNG":
+            image.verify()
 
 
 def _refuse_uneven(path: Path) -> None:

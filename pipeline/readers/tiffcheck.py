@@ -42,7 +42,8 @@ class Structure(NamedTuple):
 
 def structure(file: BinaryIO) -> Structure:
     """Its directories, their tables, where its pixel data stand, and what of the file belongs to nothing."""
-    size = os.fstat(file.fileno()).st_size
+    size = file.seek(0, os.SEEK_END)
+    file.seek(0)
     with tifffile.TiffFile(file) as tif:
         fault, directories = _chain(file, tif, size)
         if fault:

@@ -1,6 +1,5 @@
 """TIFF files whose tiles are decoded natively; TiffSlide reads their metadata, tifftiles.py their pixels."""
 
-import builtins
 import re
 from collections.abc import Sequence
 from itertools import count
@@ -12,9 +11,10 @@ import tifffile
 import tiffslide as library
 
 from ..errors import UnreadableSlide
+from ..places import honest, is_remote, opened, read_at
 from ..scale import ScaleTags, aperio_tags, resolution_tags
 from ..slide import Slide, Window, make_levels
-from .tiffcheck import APERIO_YCBCR, JPEG_LIKE, same_shape
+from .tiffcheck import APERIO_YCBCR, JPEG_2000, JPEG_LIKE, WEBP, same_shape
 from .tifftiles import MINISWHITE, TileCache, TilePage
 
 MAX_TILE_BYTES = 512 << 20
@@ -33,30 +33,34 @@ class TiffSlideSlide(Slide):
 
     def __init__(self, path: Path) -> None:
         # An open file and not a name: TiffSlide takes "::" in a name for a chain of addresses.
-        self._file = builtins.open(path, "rb")  # noqa: SIM115 - lives as long as the slide
+        self._file = opened(path)
         try:
-            library_slide = library.TiffSlide(self._file)
-            tif = library_slide.ts_tifffile
-            self._pages = _level_pages(path, tif)
-            self._colours = _channel_colours(self._pages[0])
-            sizes = [(pages[0].imagewidth, pages[0].imagelength) for pages in self._pages]
-            properties = library_slide.properties
-            super().__init__(
-                path, make_levels(sizes), _scale_tags(properties, tif), properties.get("tiffslide.vendor") or "tiff"
-            )
+            with honest(self._file):
+                self._read_directories(path)
         except BaseException:
             self._file.close()
             raise
+
+    def _read_directories(self, path: Path) -> None:
+        library_slide = library.TiffSlide(self._file)
+        tif = library_slide.ts_tifffile
+        self._pages = _level_pages(path, tif)
+        self._colours = _channel_colours(self._pages[0])
+        sizes = [(pages[0].imagewidth, pages[0].imagelength) for pages in self._pages]
+        properties = library_slide.properties
+        super().__init__(
+            path, make_levels(sizes), _scale_tags(properties, tif), properties.get("tiffslide.vendor") or "tiff"
+        )
+        if is_remote(path):
+            self.doubt = _better_from_a_disk(tif, self._pages[0][0])
         self.images = sum(map(len, self._pages))
-        cache, descriptor = TileCache(), self._file.fileno()
+        self._cache, where = TileCache(), read_at(self._file)
         numbers = count()
         self._tiles = [
-            [TilePage(path, descriptor, page, next(numbers), f"level {level}", cache, self.cost) for page in pages]
+            [TilePage(path, where, page, next(numbers), f"level {level}", self._cache, self.cost) for page in pages]
             for level, pages in enumerate(self._pages)
         ]
-        self._cache = cache
         if any(page.holds_more() for pages in self._tiles for page in pages):
-            self.close()
             raise UnreadableSlide(str(path), "open", "corrupt: its tiles have more pixels than their size allows")
 
     def expect(self, level: int, windows: Sequence[Window]) -> None:
@@ -91,6 +95,18 @@ class TiffSlideSlide(Slide):
     def close(self) -> None:
         self._cache.clear()
         self._file.close()
+
+
+def _better_from_a_disk(tif: tifffile.TiffFile, page: tifffile.TiffPage) -> str:
+    """What OpenSlide would read, if it could read from an object store: it knows how these are made, we guess."""
+    software = f"{page.description[:400]} {page.software}".lower()
+    makes = ("leica" if tif.is_scn else "", "philips" if tif.is_philips else "", "ventana" if tif.is_bif else "")
+    make = next(filter(None, (*makes, "trestle" if "medscan" in software else "")), "")
+    if make:
+        return f"OpenSlide knows how files of {make.title()} are to be read"
+    if page.compression in (*JPEG_2000, *WEBP):
+        return "OpenSlide notices damage within JPEG 2000 and WebP tiles"
+    return ""
 
 
 def _level_pages(path: Path, tif: tifffile.TiffFile) -> list[list[tifffile.TiffPage]]:

@@ -5,7 +5,6 @@ hand out noise for every tile whose stream was damaged in the middle. imagecodec
 what is cut and black for what is missing, so the bytes are checked before.
 """
 
-import os
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
@@ -113,7 +112,7 @@ class TilePage:
     def __init__(
         self,
         path: Path,
-        descriptor: int,
+        read_at: Callable[[int, int], bytes],
         page: tifffile.TiffPage,
         number: int,
         name: str,
@@ -121,7 +120,7 @@ class TilePage:
         cost: ReadCost,
     ) -> None:
         self.path, self.page, self.number, self.name = path, page, number, name
-        self._descriptor, self._cache, self._cost = descriptor, cache, cost
+        self._read_at, self._cache, self._cost = read_at, cache, cost
         self._rows, self._columns = page.chunks[:2]
         self._across, self._down = -(-page.imagewidth // self._columns), -(-page.imagelength // self._rows)
         self._decode = page.decode  # reads tags on its first use, which moves the file's position: now and not later
@@ -152,7 +151,7 @@ class TilePage:
             return False
         rows = self._rows if self.page.is_tiled else min(self._rows, self.page.imagelength - index * self._rows)
         size = rows * -(-self._columns * self.page.samplesperpixel * self.page.bitspersample // 8)
-        data = os.pread(self._descriptor, self.page.databytecounts[index], self.page.dataoffsets[index])
+        data = self._read_at(self.page.databytecounts[index], self.page.dataoffsets[index])
         try:
             return len(codec(data, out=size + SPARE)) >= size + SPARE
         except RuntimeError:
@@ -187,7 +186,7 @@ class TilePage:
     def _read(self, index: int) -> np.ndarray:
         """One tile as (h, w, 3) uint8."""
         started, count = perf_counter(), self.page.databytecounts[index]
-        data = os.pread(self._descriptor, count, self.page.dataoffsets[index])
+        data = self._read_at(count, self.page.dataoffsets[index])
         waited = perf_counter() - started
         fault = "it is cut" if len(data) < count else tile_fault(self.page, data)
         if fault:

@@ -11,7 +11,7 @@ import pytest
 import zarr
 from zarr.codecs import Crc32cCodec, ZstdCodec
 
-from pipeline import arrays as module
+from pipeline import places as module
 from pipeline.arrays import PLAIN, SMALL, DamagedArray, StoredArray, read_attrs, write_group
 
 

@@ -190,7 +190,7 @@ def test_png_is_written_in_one_step(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("pathlib.Path.write_bytes", full)
+    monkeypatch.setattr("pipeline.places.os.replace", full)
     with pytest.raises(OSError, match="No space"):
         save_png(path, WHITE[:10])
     assert path.read_bytes() == before

@@ -111,7 +111,7 @@ def test_saving_twice_gives_the_same_bytes_and_the_later_model(tmp_path):
 
 def test_a_model_that_was_not_finished_is_none(tmp_path, monkeypatch):
     save_model(tmp_path / "m", head(), about())
-    monkeypatch.setattr("pipeline.prediction.save_file", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left")))
+    monkeypatch.setattr("pipeline.prediction.save", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left")))
     with pytest.raises(OSError, match="No space"):
         save_model(tmp_path / "m", head(1), about())
     with pytest.raises(UsageError, match="no model at"):

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import zarr
 
-from pipeline import arrays
+from pipeline import places
 from pipeline import store as module
 from pipeline.errors import BrokenBag, UsageError
 from pipeline.quadtree import QuadTree, build_quadtree
@@ -354,8 +354,8 @@ class Killer:
     def __init__(self, patch: pytest.MonkeyPatch, n: int, moment: str) -> None:
         self.left, self.moment = n, moment
         self.rename, self.rmtree = os.replace, shutil.rmtree
-        patch.setattr(arrays.os, "replace", self.replacing)
-        patch.setattr(module.shutil, "rmtree", self.deleting)
+        patch.setattr(places.os, "replace", self.replacing)
+        patch.setattr(places.shutil, "rmtree", self.deleting)
 
     def is_time(self) -> bool:
         self.left -= 1

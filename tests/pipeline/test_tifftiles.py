@@ -17,6 +17,7 @@ import tifffile
 
 from pipeline.demo import write_slide
 from pipeline.errors import CorruptTiles
+from pipeline.places import read_at
 from pipeline.quadtree import build_quadtree
 from pipeline.readers import open_slide, tifftiles
 from pipeline.readers.tifftiles import TileCache, TilePage, _unaligned
@@ -33,7 +34,7 @@ W, H, TILE = 300, 211, 64  # 5 × 4 tiles, the last of each row and column cut
 def page_of(path: Path, number: int = 0) -> Iterator[tuple[TilePage, TileCache, ReadCost]]:
     cache, cost = TileCache(), ReadCost()
     with open(path, "rb") as file, tifffile.TiffFile(file) as tif:
-        yield TilePage(path, file.fileno(), tif.pages[number], number, "level 0", cache, cost), cache, cost
+        yield TilePage(path, read_at(file), tif.pages[number], number, "level 0", cache, cost), cache, cost
 
 
 def pasted(page: TilePage, window: Window) -> np.ndarray:
