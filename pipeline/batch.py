@@ -107,9 +107,7 @@ def _carry_out(
     if model is not None:
         todo = _to_zoom(files, todo, out, recipe, model, redo)
     sizes = dict(zip([file.name for file in todo], of_each(_size, todo, folder.root), strict=True))
-    todo.sort(
-        key=lambda file: sizes[file.name], reverse=True
-    )  # the largest first: no device is left with a large one at the end
+    todo.sort(key=lambda file: sizes[file.name], reverse=True)  # at the end no device is left with a large one
     work = digest([recipe.as_dict(), recipe.encoder_key, recipe.config.dtype, model.about if model else None])
     if redo:
         _require_nobody(out, living(out))
@@ -133,8 +131,8 @@ def _carry_out(
             progress.note(note)
         try:
             if client is not None:
-                sizes = batch_sizes(out, recipe.encoder_key)
-                job = Job(out, recipe, leases.holder.run, sizes, model.folder if model is not None else None, patient_s)
+                found = batch_sizes(out, recipe.encoder_key)
+                job = Job(out, recipe, leases.holder.run, found, model.folder if model is not None else None, patient_s)
                 state.interrupted = work_through(client, todo, job, state)
         finally:  # also of a run that has to stop: what it did stands in the table
             state.save()
