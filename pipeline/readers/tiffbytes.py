@@ -94,7 +94,7 @@ def claims(offsets: np.ndarray, counts: np.ndarray, others: np.ndarray, size: in
         return "corrupt: a tile overlaps what is no tile", 0.0
     gaps = _gaps(np.concatenate([tiles, others]), size)
     lengths = gaps[:, 1] - gaps[:, 0]
-    if np.any(tiles[shared > 1, 1] <= lengths.max(initial=0)):
+    if np.any(shared > 1) and _is_displaced(offsets[there], counts[there], gaps[lengths > SHORT]):
         return "corrupt: two tiles have one address, and there are data that belong to no tile", 0.0
     if _within(offsets[~there & (offsets > 0)], gaps[lengths > SHORT]):
         return "corrupt: a tile without bytes has the address of data that belong to no tile", 0.0
@@ -105,6 +105,25 @@ def _meet(tiles: np.ndarray, others: np.ndarray) -> bool:
     """True if one of the tiles (n, 2), which are sorted and do not overlap, has a part of one of the others (m, 2)."""
     last = np.searchsorted(tiles[:, 0], others.sum(axis=1)) - 1  # the last tile that begins before the end of each
     return bool(np.any((last >= 0) & (tiles.sum(axis=1)[last] > others[:, 0]))) if len(tiles) else False
+
+
+def _is_displaced(offsets: np.ndarray, counts: np.ndarray, gaps: np.ndarray) -> bool:
+    """True if a tile has the address of another, and where the tiles before and after it leave off there is a hole.
+
+    Tiles are mostly written one after the other. Equal tiles that were stored once leave no hole there, and a label
+    that was taken out leaves one elsewhere.
+    """
+    _, which, times = np.unique(offsets, return_inverse=True, return_counts=True)
+    repeated = np.flatnonzero(times[which] > 1)
+    begin = (offsets + counts)[repeated[repeated > 0] - 1]
+    end = offsets[repeated[repeated < len(offsets) - 1] + 1]
+    return _near(begin, gaps[:, 0]) or _near(end, gaps[:, 1])
+
+
+def _near(places: np.ndarray, edges: np.ndarray) -> bool:
+    """True if one of the places (n,) is within SHORT bytes of one of the edges (m,), which are sorted."""
+    at = np.searchsorted(edges, places - SHORT)
+    return bool(np.any((at < len(edges)) & (np.append(edges, -1)[at] <= places + SHORT)))
 
 
 def _within(places: np.ndarray, gaps: np.ndarray) -> bool:

@@ -132,6 +132,31 @@ def test_equal_tiles_that_are_stored_once_are_fine(kit, raw, path, reader):
 
 
 @pytest.mark.parametrize("reader", READERS)
+def test_equal_tiles_that_are_stored_once_and_a_label_that_was_taken_out(kit, raw, path, reader):
+    """A hole, and tiles of one address: but the hole is not where a tile should be."""
+    pages = pages_of(kit, raw)
+    pages[0].counts, pages[0].tiles[6] = {6: len(pages[0].tiles[5])}, b""
+    kit.write_tiff(path, pages)
+    pages[0].offsets = {6: addresses(path)[5]}
+    kit.write_tiff(path, pages)
+    with open(path, "ab") as file:
+        file.write(bytes(50_000))
+    assert open_slide(path, reader=reader).levels
+    assert "belong to no image" in warnings(path, reader)
+
+
+@pytest.mark.parametrize("tile", [0, 1, 9, -1])
+def test_a_tile_with_the_address_of_another_wherever_it_stands(kit, raw, path, tile):
+    pages = pages_of(kit, raw)
+    kit.write_tiff(path, pages)
+    known = addresses(path)
+    pages[0].offsets = {tile % len(known): known[5]}
+    kit.write_tiff(path, pages)
+    with pytest.raises(UnreadableSlide, match="one address"):
+        open_slide(path)
+
+
+@pytest.mark.parametrize("reader", READERS)
 def test_a_count_of_0_where_there_are_data_is_damage(kit, path, reader):
     pages = kit.pages()
     pages[0].counts = {kit.inner[0]: 0}
