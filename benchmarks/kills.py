@@ -31,14 +31,14 @@ from pipeline.outcome import read_outcomes
 
 OUT = Path(__file__).parent / "out"
 COMMAND = Path(sys.executable).with_name("slidestream")
-SLIDES, SIDE = 8, 1500
+SLIDES, SIDE = 8, 900
 ENCODER = """
 import dataclasses, time
 from extractors.lab_lbp import FACTS, LabLbp
 
 class Slow(LabLbp):
     def encode(self, tiles):
-        time.sleep(0.02)
+        time.sleep(0.01)
         return super().encode(tiles)
 
 def build(weights=None):
