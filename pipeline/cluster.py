@@ -159,10 +159,10 @@ def _zoom(model: Path) -> Callable[..., Iterator[tuple[Outcome, Encoded]]]:
 
 def _pulled(slides: Queue, job: Job, watch: Watch) -> Iterator[tuple[SlideFile, Outcome] | None]:
     """None: there is none for now. Slides that are zoomed into come back meanwhile, and are not to wait for long."""
-    patience = 5 if job.model is None else 0.2
+    wait_s = 5 if job.model is None else 0.2
     while True:
         try:
-            item = slides.get(timeout=patience)
+            item = slides.get(timeout=wait_s)
         except TimeoutError:
             require_current(job.out, job.run_id)  # nobody may be there any more
             yield None
@@ -314,15 +314,17 @@ def _why(client: Client, suspect: _Suspect, job: Job) -> str:
 
 
 class _Disks:
-    """On which devices the slides lay when the run began."""
+    """On which devices the slides lay when the run began; what lies on an object store is asked of the store itself."""
 
     def __init__(self, files: list[SlideFile]) -> None:
         with machine_door():
-            real = {f.name: f.path if is_remote(f.path) else Path(os.path.realpath(f.path)) for f in files}
+            real = {f.name: Path(os.path.realpath(f.path)) for f in files if not is_remote(f.path)}
             self._known = {name: (path, device(path)) for name, path in real.items()}
 
     def require(self, slide: str) -> None:
         """RunStopped if a slide that has failed is gone with the disk it lay on: all others would fail too."""
+        if slide not in self._known:
+            return
         path, before = self._known[slide]
         with machine_door():
             if not os.path.exists(path) and device(path) != before:

@@ -33,8 +33,6 @@ def device(path: Path) -> int:
 
     Another one than before: what it lay on is not mounted any more. OSError where the file system is at fault.
     """
-    if is_remote(path):
-        return 0
     for place in (path, *path.parents):
         try:
             return os.stat(place).st_dev

@@ -441,6 +441,15 @@ def test_what_only_openslide_reads_is_refused_in_words(place, tmp_path):
         assert slide.read(0, 0, 0, 10, 10).max() == 0
 
 
+def test_a_slide_that_fails_is_one_row(place, slides, tmp_path):
+    whole = next(slides.rglob("*.svs"))
+    (place / "slides/good.svs").write_bytes(whole.read_bytes())
+    (place / "slides/cut.svs").write_bytes(whole.read_bytes()[:5000])
+    text = command("run", place / "slides", "-o", place / "out", *OPTIONS, check=3)
+    assert "1 done, 1 failed" in text
+    assert "failed  cut.svs" in text
+
+
 def test_a_network_that_fails_is_no_damaged_slide(remote_slides, proxy, monkeypatch):
     """tifffile tells a directory that it cannot read in a log, and goes on with fewer levels."""
     monkeypatch.setenv("SLIDESTREAM_NETWORK", "0")
