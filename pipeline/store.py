@@ -44,8 +44,8 @@ class BagStore:
 
     def slides(self) -> list[str]:
         """The slides that have a readable group, sorted; look at `group(slide).status` for what it is worth."""
-        attrs = of_each(read_attrs, list(group_folders(self.root / "slides")), self.root)
-        return sorted(a["slide"]["path"] for a in attrs if "slide" in a)
+        names = of_each(_name_of, list(group_folders(self.root / "slides")), self.root)
+        return sorted(name for name in names if name is not None)
 
     def bag(self, slide: str, encoder: str | None = None) -> "Bag":
         """The stored features of a slide as a heads.Bag. `encoder` may be left out where there is one only.
@@ -78,6 +78,12 @@ class BagStore:
             )
             at += n if has else 0
         return Bag(levels=levels, slide=slide)
+
+
+def _name_of(group: Path) -> str | None:
+    """The slide of a group; its other attributes, of thousands of slides, are not kept."""
+    slide = read_attrs(group).get("slide")
+    return None if slide is None else str(slide["path"])
 
 
 def group_folders(slides: Path) -> Iterator[Path]:
