@@ -50,7 +50,7 @@ def _axes(kept: int) -> "Axes":
     axes = figure.subplots()
     axes.axvline(kept + 1, color="grey", linewidth=0.8, linestyle="--", label=f"kept: epoch {kept + 1}")
     axes.set(xlabel="epoch")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     return axes
 
 
