@@ -215,6 +215,7 @@ class _State:
     ) -> None:
         self.out, self.progress, self.leases, self.is_done = out, progress, leases, is_done
         self.waiting = dict(todo)  # the bytes of each
+        self.waiting_bytes = sum(todo.values())
         self.names = {file.name for file in files}
         store = BagStore(out)
         self.known = {o.slide: o for o in skipped}
@@ -224,7 +225,7 @@ class _State:
         self.meter = Meter()  # of finished slides
         self.batch_sizes: dict[str, int] = {}  # of each device
         self.interrupted = False
-        self.saved = 0.0
+        self.next_save = 0.0
         self.began = time.monotonic()
         self.told: set[str] = set()  # runs that were named
         self._count(0, 0)
@@ -256,11 +257,11 @@ class _State:
         self._know(outcome)
 
     def _know(self, outcome: Outcome) -> None:
-        self.waiting.pop(outcome.slide, None)
+        self.waiting_bytes -= self.waiting.pop(outcome.slide, 0)
         self._count(0, 0)
         self.known[outcome.slide] = outcome
         self.progress.slide(outcome)
-        if time.time() - self.saved > 2:
+        if time.monotonic() > self.next_save:
             self.save()
 
     def _count(self, slides: int, size: int) -> None:
@@ -270,7 +271,7 @@ class _State:
             settled=course.settled + slides,
             left=len(self.waiting),
             settled_bytes=course.settled_bytes + size,
-            left_bytes=sum(self.waiting.values()),
+            left_bytes=self.waiting_bytes,
             seconds=round(time.monotonic() - self.began, 1),
         )
         self.leases.progress(now)
@@ -284,11 +285,12 @@ class _State:
 
     def save(self) -> None:
         """Rows of slides that this run knows nothing of yet are those of the other runs, or of an earlier one."""
-        path = self.out / "slides.csv"
+        path, began = self.out / "slides.csv", time.monotonic()
         with alone(self.out):
-            rows = {row.slide: row for row in read_outcomes(path) if row.slide in self.names}
-            write_outcomes(path, (rows | self.known).values())
-        self.saved = time.time()
+            others = [row for row in read_outcomes(path, self.known) if row.slide in self.names]
+            write_outcomes(path, [*others, *self.known.values()])
+        ended = time.monotonic()
+        self.next_save = ended + max(2.0, 50 * (ended - began))  # of many slides it takes long: 2 % of the time
 
 
 def _size(file: SlideFile) -> int:

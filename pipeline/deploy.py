@@ -34,6 +34,7 @@ DASK: dict[str, Any] = {
     "distributed.worker.daemon": True,
     "distributed.admin.system-monitor.gil.enabled": False,
     "distributed.worker.profile.enabled": False,  # it keeps what every thread did, second by second
+    "distributed.admin.low-level-log-length": 100,  # it keeps every message; with the usual 1,000, 6 MB a worker
 }
 MAX_WORKERS = 16  # unless told
 CORES_PER_ENCODER = 4  # of a CPU: more threads on one batch gain little

@@ -3,8 +3,8 @@
 import csv
 import io
 from collections import Counter
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field, fields, replace
+from collections.abc import Container, Iterable
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from .places import put
 from .saving import Saving
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Outcome:
     """One slide's row. status: done, empty, failed or skipped; `message` is the cause, or a done one's warnings."""
 
@@ -71,7 +71,7 @@ def write_outcomes(path: Path, outcomes: Iterable[Outcome]) -> None:
     writer = csv.DictWriter(table, COLUMNS)
     writer.writeheader()
     for outcome in sorted(outcomes, key=lambda o: o.slide):
-        writer.writerow({name: _cell(value) for name, value in asdict(outcome).items()})
+        writer.writerow({name: _cell(getattr(outcome, name)) for name in COLUMNS})
     put(path, table.getvalue().encode("utf-8", "surrogateescape"))
 
 
@@ -81,14 +81,16 @@ def _cell(value: object) -> object:
     return "" if value is None else value
 
 
-def read_outcomes(path: Path) -> list[Outcome]:
-    """The rows of a slides.csv; none if there is no such file."""
+def read_outcomes(path: Path, but: Container[str] = ()) -> list[Outcome]:
+    """The rows of a slides.csv, without those of the slides `but`; none if there is no such file."""
     try:
         text = path.read_bytes().decode("utf-8", "surrogateescape")
     except FileNotFoundError:
         return []
     rows = []
     for row in csv.DictReader(io.StringIO(text, newline="")):
+        if row.get("slide") in but:
+            continue
         cells = {
             name: (KINDS[name](row[name]) if row.get(name) else None) if name in KINDS else row.get(name) or ""
             for name in COLUMNS

@@ -8,7 +8,7 @@ import importlib
 import platform
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from importlib.metadata import version
 from pathlib import Path
 from time import perf_counter
@@ -244,6 +244,7 @@ def _facts(file: SlideFile, recipe: Recipe, slide: Slide, print_: Fingerprint, m
     }
 
 
+@cache
 def versions() -> dict[str, str]:
     names = (
         "slidestream",

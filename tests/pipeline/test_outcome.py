@@ -45,6 +45,11 @@ def test_a_name_that_is_no_utf8_survives(tmp_path):
     assert read_outcomes(tmp_path / "slides.csv") == [row]
 
 
+def test_rows_that_are_known_are_left_out(tmp_path):
+    write_outcomes(tmp_path / "slides.csv", [ROW, Outcome("a", "done"), Outcome("b", "empty")])
+    assert [row.slide for row in read_outcomes(tmp_path / "slides.csv", {ROW.slide, "b"})] == ["a"]
+
+
 def test_a_failed_write_leaves_the_old_table(tmp_path):
     path = tmp_path / "slides.csv"
     write_outcomes(path, [ROW])
