@@ -24,7 +24,7 @@ from .leases import Course, Holder, Leases, alone, joined, living
 from .meter import Meter
 from .outcome import Outcome, Report, failed, read_outcomes, write_outcomes
 from .output import batch_sizes, check_out, make_writable, require_writable, write_json, write_run, write_totals
-from .places import is_remote, of_each, placed
+from .places import of_each, placed
 from .saving import Saving
 from .stages import Recipe, SlideFile, Tiler, is_current, load_tiler, make_recipe, open_encoder, stored_outcome
 from .store import BagStore
@@ -68,9 +68,9 @@ def run(
     """Take a folder (glob, CSV, one slide) of slides to features in `out`; the same call again resumes.
 
     Keywords besides these are the fields of Config (`encoder="uni", mpp=0.5, levels=3`). `workers` processes are
-    started on this machine, with an encoder on each of `devices` (auto, cpu, "0,1"); or as many jobs of a `cluster`
-    (slurm); or `scheduler` (tcp://…) names workers that are there. Several runs may share `out`: each slide is worked
-    on by one. One slide's failure is one row of the report.
+    started on this machine, with an encoder on each of `devices` (auto, cpu, "0,1"); or as many jobs or pods of a
+    `cluster` (slurm, kubernetes); or `scheduler` (tcp://…) names workers that are there. Several runs may share `out`:
+    each slide is worked on by one. One slide's failure is one row of the report.
     Raises UsageError (nothing was written) and RunStopped (the machine is at fault; what is whole stays).
     """
     if config is not None and settings:
@@ -116,7 +116,7 @@ def _carry_out(
         client = None
         if todo:
             stack.enter_context(interruptible())
-            client = stack.enter_context(reached(place, len(todo), None if is_remote(out) else out / "logs"))
+            client = stack.enter_context(reached(place, len(todo), out))
             require_encoder(client, recipe.config)  # a wrong weights file is told before anything is written
         make_writable(out)
         leases = stack.enter_context(joined(out, work))

@@ -92,7 +92,7 @@ Workers = Annotated[
     typer.Option(
         "--workers",
         min=1,
-        help="worker processes, or jobs [default: one for every four cores; with GPUs one a core; at most 16; one job]",
+        help="processes, jobs or pods [default: one for every four cores; with GPUs one a core; at most 16; one job]",
     ),
 ]
 Scheduler = Annotated[
@@ -103,7 +103,10 @@ Devices = Annotated[
     typer.Option("--devices", help="GPUs that encode, such as 0,1; or cpu [default: auto, all there are]"),
 ]
 Cluster = Annotated[
-    str | None, typer.Option("--cluster", help="slurm: workers are its jobs, as ~/.config/dask/jobqueue.yaml says")
+    str | None,
+    typer.Option(
+        "--cluster", help="slurm: workers are its jobs, as ~/.config/dask/jobqueue.yaml says; kubernetes: its pods"
+    ),
 ]
 MppCsv = Annotated[
     Path | None, typer.Option("--mpp-csv", help="a table slide,mpp: µm per pixel where files do not say it")

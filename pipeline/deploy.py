@@ -1,4 +1,4 @@
-"""Where the work is done: workers on this machine, jobs of Slurm, or at a Dask scheduler that is there already."""
+"""Where the work is done: workers on this machine, jobs of Slurm, pods of Kubernetes, or a scheduler that is there."""
 
 import logging
 import os
@@ -7,7 +7,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing import resource_tracker
 from pathlib import Path
@@ -16,10 +16,12 @@ from typing import Any, TypeVar
 import dask
 from dask.system import CPU_COUNT  # heeds the limits of a container
 from distributed import Client, Nanny, Scheduler, SpecCluster
+from distributed.deploy import Cluster
 from distributed.system import MEMORY_LIMIT  # so does this
 from distributed.utils import silence_logging_cmgr
 
 from .errors import UsageError, nearest
+from .places import is_remote
 
 T = TypeVar("T")
 # What keeps Dask from waiting for ever, or from blaming innocents, when a worker dies.
@@ -40,13 +42,13 @@ MAX_WORKERS = 16  # unless told
 CORES_PER_ENCODER = 4  # of a CPU: more threads on one batch gain little
 DEVICE = "SLIDESTREAM_DEVICE"  # in the environment of a local worker
 ENCODER = "ENCODER"  # the Dask resource of a worker that may hold an encoder
-CLUSTERS = ("local", "slurm")
+CLUSTERS = ("local", "slurm", "kubernetes")
 FILES, FILES_A_WORKER = 64, 8  # that must be allowed to be open: connections, pipes, slides
 
 
 @dataclass(frozen=True)
 class Place:
-    """What was asked for. `workers`: processes, or jobs; `devices`: auto, cpu, or numbers of GPUs (0,1)."""
+    """What was asked for. `workers`: processes, jobs or pods; `devices`: auto, cpu, or numbers of GPUs (0,1)."""
 
     cluster: str = "local"
     workers: int | None = None
@@ -59,12 +61,12 @@ class Place:
         if self.scheduler is not None and (self.cluster, self.workers, self.devices) != ("local", None, "auto"):
             raise UsageError("--scheduler names workers that are there: leave --cluster, --workers and --devices out")
         if self.cluster != "local" and self.devices != "auto":
-            raise UsageError("--devices is of this machine; a job has what its directives ask for")
+            raise UsageError("--devices is of this machine; a job or a pod has what its description asks for")
 
 
 @contextmanager
-def reached(place: Place, slides: int, logs: Path | None) -> Iterator[Client]:
-    """A Dask client of the workers. What was started for it ends with it. `logs`: where jobs write, unless told."""
+def reached(place: Place, slides: int, out: Path) -> Iterator[Client]:
+    """A Dask client of the workers. What was started for it ends with it."""
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     # Tracebacks about connections to who has died; we say it in a line.
     with dask.config.set(DASK), silence_logging_cmgr(logging.CRITICAL):
@@ -74,15 +76,25 @@ def reached(place: Place, slides: int, logs: Path | None) -> Iterator[Client]:
             return
         cluster = None
         try:
-            with _deaf_to_control_c():
-                cluster = _slurm(place, slides, logs) if place.cluster == "slurm" else _local(place, slides)
+            cluster = _started(place, slides, out)
             with Client(cluster, set_as_default=False) as client:
                 if place.cluster != "local":
-                    client.wait_for_workers(1)  # a queue may be long; Ctrl-C ends it
+                    # A queue may be long; Ctrl-C ends it. A scheduler at which a task waits does not count as idle.
+                    client.submit(int, pure=False).result()
                 yield client
         finally:
             if cluster is not None:
-                cluster.close(timeout=10)
+                with suppress(TimeoutError):  # of pods that take their time to end
+                    cluster.close(timeout=10)
+
+
+def _started(place: Place, slides: int, out: Path) -> SpecCluster | Cluster:
+    if place.cluster == "kubernetes":
+        return _kubernetes(place, slides, out)
+    with _deaf_to_control_c():
+        if place.cluster == "slurm":
+            return _slurm(place, slides, None if is_remote(out) else out / "logs")
+        return _local(place, slides)
 
 
 @contextmanager
@@ -216,8 +228,7 @@ def _slurm(place: Place, slides: int, logs: Path | None) -> SpecCluster:
     if logs is not None:
         logs.mkdir(parents=True, exist_ok=True)
     known: dict[str, Any] = dask.config.get("jobqueue.slurm")
-    settings = {f"DASK_{key.upper().replace('-', '_').replace('.', '__')}": value for key, value in DASK.items()}
-    exports = [f"export {name}={value}" for name, value in {"SLIDESTREAM_THREADS": cores, **settings}.items()]
+    exports = [f"export {name}={value}" for name, value in {"SLIDESTREAM_THREADS": str(cores), **settings()}.items()]
     threads = ["--nthreads", "1", "--resources", f"{ENCODER}=1", "--preload", "pipeline.worker", "--no-dashboard"]
     cluster = SLURMCluster(
         processes=1,
@@ -230,6 +241,29 @@ def _slurm(place: Place, slides: int, logs: Path | None) -> SpecCluster:
     jobs = min(place.workers or 1, slides)
     cluster.adapt(minimum_jobs=jobs, maximum_jobs=jobs)
     return cluster
+
+
+def settings() -> dict[str, str]:
+    """DASK as environment variables, for processes that others start."""
+    return {f"DASK_{key.upper().replace('-', '_').replace('.', '__')}": str(value) for key, value in DASK.items()}
+
+
+def _kubernetes(place: Place, slides: int, out: Path) -> Cluster:
+    """A scheduler and workers as pods, by Dask's operator. A file says what they have, such as docker/daskcluster.yaml.
+
+    https://kubernetes.dask.org: `kubernetes: custom-cluster-spec:` in ~/.config/dask, or the variable below.
+    """
+    try:
+        from .pods import Pods, daskcluster
+    except ImportError as error:
+        raise UsageError("--cluster kubernetes needs dask-kubernetes: pip install 'slidestream[kubernetes]'") from error
+    described = dask.config.get("kubernetes.custom-cluster-spec", None)
+    if described is None:
+        raise UsageError(
+            "--cluster kubernetes: what are the pods to have? Name a DaskCluster, such as docker/daskcluster.yaml: "
+            "DASK_KUBERNETES__CUSTOM_CLUSTER_SPEC=daskcluster.yaml"
+        )
+    return Pods(daskcluster(described, place.workers, slides, [str(out)], settings()))
 
 
 @contextmanager

@@ -60,6 +60,7 @@ ORDER = (
         "pictures",
         "sight",
         "worker",
+        "pods",
         "deploy",
         "cluster",
         "batch",
@@ -79,11 +80,14 @@ BROAD = {
     ("pipeline/cli.py", "main"),
     ("pipeline/readers/tifftiles.py", "_rgb"),
     ("pipeline/feed.py", "_run"),
+    ("pipeline/pods.py", "__init__"),
 }
 ONLY_IN = {
     "dask": ("pipeline/cluster.py", "pipeline/deploy.py"),
     "distributed": ("pipeline/cluster.py", "pipeline/deploy.py"),
     "dask_jobqueue": ("pipeline/deploy.py",),
+    "dask_kubernetes": ("pipeline/pods.py",),
+    "kr8s": ("pipeline/pods.py",),
     "zarr": ("pipeline/arrays.py",),
     "s3fs": ("pipeline/objects.py",),
     "botocore": ("pipeline/objects.py",),

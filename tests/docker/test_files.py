@@ -27,7 +27,7 @@ from distributed.cli import dask_scheduler, dask_worker
 
 from pipeline.cli import app
 from pipeline.demo import make_slides
-from pipeline.deploy import DASK, ENCODER
+from pipeline.deploy import CLUSTERS, DASK, ENCODER
 from pipeline.outcome import read_outcomes
 
 ROOT = Path(__file__).parents[2]
@@ -36,6 +36,8 @@ DOCKERFILE = (DOCKER / "Dockerfile").read_text()
 PAGE = (ROOT / "docs/containers.md").read_text()
 COMPOSE = yaml.safe_load((DOCKER / "compose.yaml").read_text())
 ITEMS = yaml.safe_load((DOCKER / "kubernetes.yaml").read_text())["items"]
+OPERATOR = yaml.safe_load((DOCKER / "kubernetes-operator.yaml").read_text())["items"]
+DASKCLUSTER = yaml.safe_load((DOCKER / "daskcluster.yaml").read_text())  # its schema: tests/pipeline/test_kubernetes.py
 BIN = Path(sys.executable).parent
 PATH = os.pathsep.join([str(BIN), os.environ["PATH"]])
 
@@ -86,7 +88,9 @@ def calls() -> Iterator[tuple[str, list[str]]]:
         words = service["command"]
         words = shlex.split(expand(words)) if isinstance(words, str) else words
         yield (service.get("entrypoint") or ["slidestream"])[0], words
-    for _, pod in pods():
+    of_operator = [DASKCLUSTER["spec"][part]["spec"] for part in ("scheduler", "worker")]
+    of_operator += [i["spec"]["template"]["spec"] for i in OPERATOR if i["kind"] == "Job"]
+    for pod in [*(pod for _, pod in pods()), *of_operator]:
         for container in pod["containers"]:
             yield (container.get("command") or ["slidestream"])[0], container["args"]
 
@@ -129,7 +133,7 @@ def test_compose_by_compose():
 
 @pytest.mark.parametrize("version", ["1.31", "1.34", "1.37"])
 def test_kubernetes_by_its_schemas(version):
-    for item in ITEMS:
+    for item in [*ITEMS, *OPERATOR]:
         kubernetes_validate.validate(item, version, strict=True)
 
 
@@ -209,6 +213,7 @@ def test_every_command_is_one():
         params = (parse if entry == "slidestream" else parse_dask)(words)
         if entry == "slidestream":
             assert (words[0], params["slides"], str(params["out"])) == ("run", "/slides", "/out")
+            assert params["cluster"] in (None, *CLUSTERS)
         elif words[0] == "worker":
             assert params["preload"] == ("pipeline.worker",)
             assert params["resources"] in (None, f"{ENCODER}=1")
@@ -302,6 +307,31 @@ def test_kubernetes_names_fit_together():
         if service.items() <= i["spec"]["template"]["metadata"]["labels"].items()
     ]
     assert matching == ["slidestream-scheduler"]
+
+
+def test_the_client_of_the_operator_has_what_it_needs():
+    """The same volumes as its workers, the right to ask for them, a way to them, and the file that describes them."""
+    by_kind = {item["kind"]: item for item in OPERATOR}
+    job, policy = by_kind["Job"], by_kind["NetworkPolicy"]["spec"]
+    pod = job["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    workers = DASKCLUSTER["spec"]["worker"]["spec"]
+    labels = job["spec"]["template"]["metadata"]["labels"]
+    assert pod["serviceAccountName"] == by_kind["ServiceAccount"]["metadata"]["name"]
+    assert by_kind["RoleBinding"]["subjects"] == [{"kind": "ServiceAccount", "name": pod["serviceAccountName"]}]
+    assert by_kind["RoleBinding"]["roleRef"]["name"] == by_kind["Role"]["metadata"]["name"]
+    rights = {(r, verb) for rule in by_kind["Role"]["rules"] for r in rule["resources"] for verb in rule["verbs"]}
+    assert {("daskclusters", verb) for verb in ("get", "list", "create", "delete")} <= rights
+    assert {("pods", "list"), ("pods/log", "get"), ("services", "get"), ("daskworkergroups", "get")} <= rights
+    assert labels == DASKCLUSTER["metadata"]["labels"] == policy["podSelector"]["matchLabels"]
+    assert policy["ingress"][0] == {"from": [{"podSelector": {"matchLabels": labels}}]}
+    volumes = [volume for volume in pod["volumes"] if volume["name"] != "daskcluster"]
+    assert volumes == workers["volumes"]
+    assert container["volumeMounts"][:-1] == workers["containers"][0]["volumeMounts"]
+    folder = container["volumeMounts"][-1]["mountPath"]
+    assert container["env"] == [{"name": "DASK_KUBERNETES__CUSTOM_CLUSTER_SPEC", "value": f"{folder}/daskcluster.yaml"}]
+    assert {c["image"] for part in (workers, pod) for c in part["containers"]} == {"slidestream:latest"}
+    assert not {0, 4, 130, 137} & set(job["spec"]["podFailurePolicy"]["rules"][0]["onExitCodes"]["values"])
 
 
 class Stubs:
@@ -464,8 +494,10 @@ def test_every_command_of_the_page():
             at = words.index("docker/slurm.sh")
             parse(["run", words[at + 1], "-o", words[at + 2], *words[at + 3 :]])
         elif words[0] == "kubectl":
-            parts = re.search(r"part in \((.*)\)", line).group(1).split(", ")
-            assert set(parts) <= {item["metadata"]["labels"]["part"] for item in ITEMS}
+            parts = re.search(r"part(?: in \(|=)([\w, ]+)", line)
+            assert set(parts[1].split(", ") if parts else ()) <= {item["metadata"]["labels"]["part"] for item in ITEMS}
+            for file in re.findall(r"docker/[\w.-]+", line):
+                assert (ROOT / file).is_file()
         elif words[0] == "docker/build.sh":
             assert {word.split("=")[0] for i, word in enumerate(words) if words[i - 1] == "--build-arg"} <= ARGS
         elif words[0] == "make":
