@@ -493,11 +493,18 @@ def test_a_folder_that_was_copied_is_trained_on_and_predicted_from(place, many, 
     names = BagStore(local).slides()
     rows = [f"{name},{'a' if i % 2 else 'b'},train" for i, name in enumerate(names)]
     (tmp_path / "labels.csv").write_text("\n".join(["slide,label,split", *rows]) + "\n")
+    (tmp_path / "folds.csv").write_text("\n".join(["slide,label", *(row[:-6] for row in rows)]) + "\n")
     for out in (place, local):
         command("train", out, "--labels", tmp_path / "labels.csv", "--head", "mean", "--epochs", "2")
         command("predict", out, "--model", "mean")
-    for name in ("model.safetensors", "curves.png"):
-        assert (place / "models/mean" / name).read_bytes() == (local / "models/mean" / name).read_bytes()
+        command("probe", out, "--labels", tmp_path / "folds.csv", "--cv", "2")
+        heads = ["--heads", "mean,max", "--cv", "2", "--epochs", "1"]
+        command("compare", out, "--labels", tmp_path / "folds.csv", *heads)
+    files = [str(path.relative_to(local)) for path in (local / "models").rglob("*") if path.is_file()]
+    assert {"models/probe.json", "models/compare/max/out_of_fold.csv", "models/mean/curves.png"} <= set(files)
+    assert {f"{path}".removeprefix(f"{place}/") for path in (place / "models").rglob("*")} >= set(files)
+    for name in [name for name in files if not name.endswith(".json")]:  # those hold times
+        assert (place / name).read_bytes() == (local / name).read_bytes(), name
     assert (place / "predictions/mean.csv").read_bytes() == (local / "predictions/mean.csv").read_bytes()
     for name in ("logits", "weight"):
         group = f"slides/{names[0]}.zarr/predictions/mean/{name}/c"
