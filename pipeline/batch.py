@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from extractors import Encoder, EncoderError
 
-from .cluster import Job, patience, require_encoder, work_through
+from .cluster import PATIENCE_S, Job, require_encoder, work_through
 from .config import Config, digest, make_config
 from .deploy import Place, interruptible, reached
 from .errors import BrokenBag, SlideError, UsageError, machine_door, slide_door
@@ -24,6 +24,7 @@ from .leases import Course, Holder, Leases, alone, joined, living
 from .meter import Meter
 from .outcome import Outcome, Report, failed, read_outcomes, write_outcomes
 from .output import batch_sizes, check_out, make_writable, require_writable, write_json, write_run, write_totals
+from .patience import patience
 from .places import of_each, placed
 from .saving import Saving
 from .stages import Recipe, SlideFile, Tiler, is_current, load_tiler, make_recipe, open_encoder, stored_outcome
@@ -94,7 +95,8 @@ def _carry_out(
     **where: Any,
 ) -> Report:
     """`run`, or with a model its zoom into the slides whose features are not whole. `where`: the fields of Place."""
-    started, place, patient_s = time.time(), Place(**where), patience()
+    started, place = time.time(), Place(**where)
+    patient_s = patience("SLIDESTREAM_PATIENCE", PATIENCE_S, least=1)
     folder = find_slides(slides, out)
     files, notes = _slide_files(folder, mpp_csv)
     check_out(out, folder, recipe, redo)

@@ -83,18 +83,6 @@ class Job:
             return self.patience
 
 
-def patience() -> float:
-    """Seconds, of the environment where it says so. Raises UsageError."""
-    said = os.environ.get("SLIDESTREAM_PATIENCE", str(PATIENCE_S))
-    try:
-        seconds = float(said)
-    except ValueError:
-        seconds = 0.0
-    if not seconds > 0:
-        raise UsageError(f"SLIDESTREAM_PATIENCE={said}: it has to be a number of seconds")
-    return seconds
-
-
 # -- in the workers --
 
 

@@ -9,7 +9,6 @@ OSError: "cannot be reached" must not pass for "is not there".
 """
 
 import errno
-import os
 import random
 import re
 import stat
@@ -23,6 +22,7 @@ from pathlib import PurePath, PurePosixPath
 from typing import Any, NamedTuple, TypeVar
 
 from .errors import RunStopped, UsageError
+from .patience import patience
 
 T = TypeVar("T")
 NO_SUCH_RANGE = ("InvalidRange", "416")
@@ -251,8 +251,8 @@ class _Patience:
 
     @property
     def seconds(self) -> float:
-        patience = float(os.environ.get("SLIDESTREAM_NETWORK", PATIENCE_S))
-        return 0.0 if time.monotonic() - self.gave_up < patience else patience
+        seconds = patience("SLIDESTREAM_NETWORK", PATIENCE_S)
+        return 0.0 if time.monotonic() - self.gave_up < seconds else seconds
 
 
 _patience = _Patience()

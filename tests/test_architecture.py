@@ -16,6 +16,7 @@ PACKAGES = ("pipeline", "extractors", "heads")
 ORDER = (
     *(
         "errors",
+        "patience",
         "objects",
         "ranges",
         "places",

@@ -520,6 +520,11 @@ def test_what_works_on_disks_only_says_so(place):
     assert "works in a folder on a disk" in said
 
 
+def test_a_patience_that_is_no_time(place):
+    said = command("status", place, check=1, SLIDESTREAM_NETWORK="soon")
+    assert "SLIDESTREAM_NETWORK=soon: it has to be a number of seconds" in said
+
+
 def test_no_credentials(place, monkeypatch):
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.delenv(name)
