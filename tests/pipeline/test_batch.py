@@ -8,14 +8,18 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from skimage.data import immunohistochemistry
 
-from pipeline import BagStore, open_slide
+from pipeline import BagStore, batch, open_slide
 from pipeline.batch import run
 from pipeline.demo import write_slide
+from pipeline.leases import joined
+from pipeline.outcome import Outcome
+from pipeline.stages import SlideFile
 from pipeline.store import CHUNK_ROWS
 from pipeline.stream import stream_tiles
 
@@ -232,3 +236,27 @@ def test_killed_twenty_times(tmp_path, counting, monkeypatch):
     )
     assert again == 0
     assert resumed > 0
+
+
+def test_a_large_table_is_not_saved_all_the_time(tmp_path, monkeypatch):
+    """slides.csv is written whole: of 100,000 slides that takes seconds, and a slide is finished every few of them."""
+    now, saves = [1000.0], []
+
+    def write(path, rows):
+        saves.append(now[0])
+        now[0] += 0.5
+
+    clock = SimpleNamespace(monotonic=lambda: now[0], time=time.time)
+    monkeypatch.setattr(batch, "time", clock)
+    monkeypatch.setattr(batch, "write_outcomes", write)
+    files = [SlideFile(f"{n}.svs", tmp_path / f"{n}.svs") for n in range(60)]
+    sizes = {file.name: 1 for file in files}
+    with joined(tmp_path, "work") as leases:
+        state = batch._State(tmp_path, files, sizes, (), batch.Silent(), leases, lambda _: False)
+        for file in files:
+            assert state.take(file)
+            state.add(Outcome(file.name, "done"))
+            now[0] += 1.0
+    assert np.diff(saves).tolist() == [26.5, 26.5], (
+        "0.5 s of saving in 25 s of work, and the slide that is then finished"
+    )
