@@ -3,10 +3,11 @@
     python benchmarks/soak.py [--small 2000] [--large 20]
 
 The real command with two workers. Every two seconds each of its processes is looked at: resident memory, open files,
-zombies. The largest slides come first, so the two kinds are timed apart: seconds for each of the first and of the last
-quarter of a kind, without the first tenth of it: an encoder has just begun then, or finds many small slides prepared,
-as it was at large ones for so long. Memory: the median of the last quarter of a process's life against its second
-quarter, and its slope over the second half. Slides are links to 20 different ones. Writes benchmarks/out/soak.json.
+zombies. A run takes the largest files first, so the small slides are padded: between two large slides come some of
+them, and every quarter of the run has the same work. Speed: how long the last quarter took against the first, without
+the first and the last tenth of the slides, in which what is prepared ahead gathers and is used up. Memory: the median
+of the last quarter of a process's life against its second quarter, and its slope over the second half.
+Slides are links to 20 different ones of each kind. Writes benchmarks/out/soak.json.
 """
 
 import argparse
@@ -19,6 +20,7 @@ import threading
 import time
 from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -61,13 +63,14 @@ def main() -> None:
     parser.add_argument("--small", type=int, default=2000)
     parser.add_argument("--large", type=int, default=20)
     wanted = parser.parse_args()
-    made = {kind: cohort(OUT / "slides", kind, min(20, count)) for kind, count in asked(wanted).items()}
+    kinds = {"medium": wanted.large, "tiny": wanted.small}
+    large, small = (cohort(OUT / "slides", kind, min(20, count)) for kind, count in kinds.items())
     with tempfile.TemporaryDirectory(dir=OUT) as place:
         folder = Path(place) / "slides"
         folder.mkdir()
-        for kind, count in asked(wanted).items():
-            for number in range(count):
-                os.link(made[kind][number % len(made[kind])], folder / f"{kind}-{number:05}.svs")
+        for kind, files in {"medium": large, "tiny": padded(small, large, Path(place))}.items():
+            for number in range(kinds[kind]):
+                os.link(files[number % len(files)], folder / f"{kind}-{number:05}.svs")
         options = ["-e", "lab_lbp", "--levels", "1", "--workers", "2"]
         run = subprocess.Popen([COMMAND, "run", folder, "-o", f"{place}/out", *options], stdout=-1, text=True)
         watch, ends = Watch(psutil.Process(run.pid)), defaultdict(list)
@@ -79,11 +82,10 @@ def main() -> None:
                 print(line, end="")
         if run.wait():
             raise SystemExit(f"the run ended with {run.returncode}")
-    found = {"zombies": watch.zombies, "kinds": {}, "processes": {}}
-    for kind, times in ends.items():
-        spans = [float(np.diff(part).mean()) for part in quarters(np.array(times[len(times) // 10 :]))]
-        found["kinds"][kind] = {"slides": len(times), "s a slide": spans, "last over first": spans[0] / spans[-1]}
-        print(f"{kind}: {len(times)} slides, speed of the last quarter {spans[0] / spans[-1]:.3f} of the first's")
+    spans = np.diff([ends_of(ends, share) for share in (0.1, 0.3, 0.5, 0.7, 0.9)]).tolist()
+    speed = spans[0] / spans[-1]
+    found: dict[str, Any] = {"zombies": watch.zombies, "seconds": spans, "speed": speed, "processes": {}}
+    print(f"quarters of the run: {[round(span, 1) for span in spans]} s; the last at {speed:.3f} of the first's speed")
     for name, samples in watch.samples.items():
         if len(samples) < 40:
             continue  # it did not live long
@@ -99,8 +101,21 @@ def main() -> None:
     (OUT / "soak.json").write_text(json.dumps(found, indent=1) + "\n")
 
 
-def asked(wanted: argparse.Namespace) -> dict[str, int]:
-    return {"tiny": wanted.small, "medium": wanted.large}
+def padded(small: list[Path], large: list[Path], folder: Path) -> list[Path]:
+    """Copies of the small slides with nothing behind them, as large as to lie between two of the large ones."""
+    sizes = sorted(path.stat().st_size for path in large)
+    made = []
+    for number, path in enumerate(small):
+        copy = folder / path.name
+        copy.write_bytes(path.read_bytes())
+        os.truncate(copy, sizes[number % len(sizes)] - 1)
+        made.append(copy)
+    return made
+
+
+def ends_of(ends: dict[str, list[float]], share: float) -> float:
+    """When this share of the slides of every kind was done."""
+    return max(times[max(0, round(share * len(times)) - 1)] for times in ends.values())
 
 
 if __name__ == "__main__":
