@@ -2,7 +2,7 @@
 
 Needs root, buildah and debootstrap, but no engine and no image from elsewhere: Debian with Python stands in for the
 base, under its name. Where a folder of wheels (PIP_FIND_LINKS) has a CPU build of torch for that Python, the image
-takes it: 2 GB instead of 7. Run by `make image-test`, which shows the figures.
+takes it: 2 GB instead of 7. Run by `make image-test`, which shows the figures, and by .ci/run.
 """
 
 import io
@@ -88,13 +88,17 @@ def lab() -> Iterator[Path]:
 def base(lab) -> str:
     """Debian with Python, under the name of the image that the Dockerfile starts from."""
     packages = "--include=python3,python3-venv,ca-certificates"
-    with timed("base by debootstrap"):
-        called("debootstrap", "--variant=minbase", packages, SUITE, lab / "base")
-    with timed("base as an image"):
-        container = called("buildah", "from", "scratch").strip()
-        called("buildah", "add", "--quiet", container, lab / "base", "/")
-        called("buildah", "commit", "--quiet", container, f"docker.io/library/{BASE}")
-        called("buildah", "rm", container)
+    try:
+        with timed("base by debootstrap"):
+            called("debootstrap", "--variant=minbase", packages, SUITE, lab / "base")
+        with timed("base as an image"):
+            container = called("buildah", "from", "scratch").strip()
+            called("buildah", "add", "--quiet", container, lab / "base", "/")
+            called("buildah", "run", container, "--", "python3", "-c", "pass")
+            called("buildah", "commit", "--quiet", container, f"docker.io/library/{BASE}")
+            called("buildah", "rm", container)
+    except AssertionError as error:  # nothing of ours is in it yet: no mirror of Debian, or no mounts
+        pytest.skip(f"the image is not tested: no base can be made and run here: {error}")
     (version,) = (lab / "base/usr/lib").glob("python3.*")
     shutil.rmtree(lab / "base")
     return "cp" + version.name.removeprefix("python").replace(".", "")
@@ -194,7 +198,7 @@ def build(context: Path, wheels: Wheels | None) -> str:
     for name in ("docker", "podman"):
         (hidden / name).write_text("#!/bin/sh\nexit 1\n")
         (hidden / name).chmod(0o755)
-    more = ["--pull-never", "--build-arg", "EXTRAS=h5 survival"]
+    more = ["--pull-never", "--build-arg", "EXTRAS=h5 survival s3 kubernetes"]
     if wheels is not None:
         more += ["--volume", f"{wheels.folder}:/mnt:ro", "--build-arg", "UV_FIND_LINKS=/mnt"]
     authority = os.environ.get("SSL_CERT_FILE", "")
