@@ -80,7 +80,7 @@ def reached(place: Place, slides: int, out: Path) -> Iterator[Client]:
             with Client(cluster, set_as_default=False) as client:
                 if place.cluster != "local":
                     # A queue may be long; Ctrl-C ends it. A scheduler at which a task waits does not count as idle.
-                    client.submit(int, pure=False).result()
+                    client.submit(int, pure=False).exception()
                 yield client
         finally:
             if cluster is not None:

@@ -31,8 +31,8 @@ def daskcluster(
         if not isinstance(cluster, dict) or cluster.get("kind") != "DaskCluster":
             raise UsageError(f"{described} is no DaskCluster, such as docker/daskcluster.yaml is")
         return _completed(cluster, workers, slides, work, settings)
-    except KeyError as error:
-        raise UsageError(f"{described}: a DaskCluster has a {error}; see docker/daskcluster.yaml") from error
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UsageError(f"{described} is not laid out as docker/daskcluster.yaml is: {_line(error)}") from error
     except (OSError, yaml.YAMLError) as error:
         raise UsageError(f"{described} describes no pods: {_line(error)}") from error
 

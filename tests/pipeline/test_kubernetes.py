@@ -335,7 +335,9 @@ def test_without_a_word_on_what_a_pod_has(slides, tmp_path):
     [
         ("kind: Pod", "no DaskCluster"),
         ("- a", "no DaskCluster"),
-        ("kind: DaskCluster\nmetadata: {name: a}\nspec: {scheduler: {}}", "has a 'worker'"),
+        ("kind: DaskCluster\nmetadata: {name: a}\nspec: {scheduler: {}}", "is not laid out .* 'worker'"),
+        ("kind: DaskCluster\nmetadata: {name: a}\nspec: null", "is not laid out"),
+        ("kind: DaskCluster\nmetadata: {name: a}\nspec: {worker: [1], scheduler: []}", "is not laid out"),
         ("kind: [", "while parsing"),
         (None, "No such file"),
     ],
