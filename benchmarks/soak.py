@@ -102,7 +102,7 @@ def main() -> None:
 
 
 def padded(small: list[Path], large: list[Path], folder: Path) -> list[Path]:
-    """Copies of the small slides with nothing behind them, as large as to lie between two of the large ones."""
+    """Copies of the small slides with zeros behind them, as large as to lie between two of the large ones."""
     sizes = sorted(path.stat().st_size for path in large)
     made = []
     for number, path in enumerate(small):

@@ -263,7 +263,7 @@ def _kubernetes(place: Place, slides: int, out: Path) -> Cluster:
             "--cluster kubernetes: what are the pods to have? Name a DaskCluster, such as docker/daskcluster.yaml: "
             "DASK_KUBERNETES__CUSTOM_CLUSTER_SPEC=daskcluster.yaml"
         )
-    return Pods(daskcluster(described, place.workers, slides, [str(out)], settings()))
+    return Pods(daskcluster(described, place.workers, slides, str(out), settings()))
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 import copy
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from .errors import UsageError
 
 
 def daskcluster(
-    described: str | dict[str, Any], workers: int | None, slides: int, work: Sequence[str], settings: Mapping[str, str]
+    described: str | dict[str, Any], workers: int | None, slides: int, work: str, settings: Mapping[str, str]
 ) -> dict[str, Any]:
     """What a file, or a dictionary, describes, as the DaskCluster of a run that makes `work`: `workers` pods, but not
     more than slides, each with the environment variables `settings` that it does not set itself.
@@ -38,9 +38,9 @@ def daskcluster(
 
 
 def _completed(
-    cluster: dict[str, Any], workers: int | None, slides: int, work: Sequence[str], settings: Mapping[str, str]
+    cluster: dict[str, Any], workers: int | None, slides: int, work: str, settings: Mapping[str, str]
 ) -> dict[str, Any]:
-    spec, name = cluster["spec"], f"{cluster['metadata']['name']}-{digest([*work, cluster, workers])[:8]}"
+    spec, name = cluster["spec"], f"{cluster['metadata']['name']}-{digest([work, cluster, workers])[:8]}"
     spec["worker"]["replicas"] = min(workers or spec["worker"].get("replicas", 1), slides)
     for part in ("scheduler", "worker"):
         for container in spec[part]["spec"]["containers"]:

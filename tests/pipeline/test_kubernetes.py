@@ -367,7 +367,7 @@ def test_the_file_is_what_the_operator_takes():
 
     folder = Path(dask_kubernetes.__file__).parent / "operator/deployment/helm/dask-kubernetes-operator/crds"
     schema = yaml.safe_load((folder / "daskcluster.yaml").read_text())["spec"]["versions"][0]["schema"]
-    cluster = daskcluster(str(FILE), 3, 100, ["/out"], settings())
+    cluster = daskcluster(str(FILE), 3, 100, "/out", settings())
     jsonschema.validate(cluster, schema["openAPIV3Schema"])
     with pytest.raises(jsonschema.ValidationError):
         jsonschema.validate(cluster | {"spec": {"worker": {}}}, schema["openAPIV3Schema"])
@@ -387,7 +387,7 @@ def test_the_file_is_what_the_operator_takes():
 
 def test_one_name_for_one_work():
     works = [(2, 9, "/out"), (2, 1, "/out"), (3, 9, "/out"), (2, 9, "/out2")]  # of the second fewer slides are left
-    names = [daskcluster(str(FILE), pods, left, [out], {})["metadata"]["name"] for pods, left, out in works]
+    names = [daskcluster(str(FILE), pods, left, out, {})["metadata"]["name"] for pods, left, out in works]
     assert names[0] == names[1]
     assert len(set(names[1:])) == len(names[1:])
     assert all(re.fullmatch(r"slidestream-[0-9a-f]{8}", name) for name in names)
@@ -397,7 +397,7 @@ def test_no_more_pods_than_slides_and_what_is_said_stays():
     cluster = yaml.safe_load(FILE.read_text())
     own = {"name": "DASK_DISTRIBUTED__WORKER__MEMORY__TERMINATE", "value": "0.8"}
     cluster["spec"]["worker"]["spec"]["containers"][0]["env"] = [own]
-    made = daskcluster(cluster, None, 1, ["/out"], settings())
+    made = daskcluster(cluster, None, 1, "/out", settings())
     assert made["spec"]["worker"]["replicas"] == 1
     said = made["spec"]["worker"]["spec"]["containers"][0]["env"]
     assert [variable for variable in said if variable["name"] == own["name"]] == [own]
