@@ -80,7 +80,7 @@ class Cluster:
         kinds = [["scheduler", "--port", "0", *common]]
         kinds += [["worker", *common, *worker, "--local-directory", str(self.place / f"w{n}")] for n in (1, 2)]
         self.processes = [spawn([sys.executable, "-m", "dask", *kind], self.place) for kind in kinds]
-        while not self.file.exists():
+        while not (self.file.exists() and self.file.read_text().endswith("}")):
             time.sleep(0.1)
         return json.loads(self.file.read_text())["address"]
 

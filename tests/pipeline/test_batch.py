@@ -124,7 +124,7 @@ def test_a_scheduler_that_is_there_gives_the_same_bytes(tmp_path, counting):
             one = ["--nthreads", "1", "--no-nanny", "--name", name, "--local-directory", str(tmp_path / name)]
             processes.append(subprocess.Popen([*dask, "worker", *place, *one], **quiet))
         deadline = time.time() + 60
-        while not address.exists() and time.time() < deadline:
+        while not (address.exists() and address.read_text().endswith("}")) and time.time() < deadline:
             time.sleep(0.1)
         import json
 
