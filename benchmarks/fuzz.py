@@ -77,6 +77,7 @@ class Undamaged:
             self.trees = list(_trees(slide))
             self.tiles = [{t.row: t.pixels for t in stream_tiles(slide, tree)} for tree in self.trees]
             self.whole = slide.read(0, 0, 0, *slide.size)
+        path.unlink()  # OpenSlide takes DICOM files of one folder for one slide
         if any(pixels is None for tiles in self.tiles for pixels in tiles.values()):
             raise SystemExit(f"{base.name} is not whole with {reader}")
 
@@ -300,8 +301,9 @@ def main() -> None:
 
 def show(judge: Judge, number: int, out: Path) -> None:
     """What was changed, what came of it; the file is kept in `out`."""
-    path = judge.file(number)
     at, _ = judge.choose(number)
+    judge.undamaged(at)
+    path = judge.file(number)
     base, changed = judge.bases[at], path.read_bytes()
     places = [i for i, (a, b) in enumerate(zip(base.data, changed, strict=False)) if a != b]
     print(f"{len(base.data)} → {len(changed)} bytes, changed at {places[:8]}")

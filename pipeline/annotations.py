@@ -20,8 +20,8 @@ from PIL import Image
 
 from .errors import SlideError, UnreadableSlide, UsageError, slide_door
 from .labels import listed
-from .readers.image import MAX_PIXELS
 from .shapes import read_shapes, shapes_mask
+from .slide import MAX_PIXELS
 from .tables import SlideNames
 from .tissue import TissueMask
 

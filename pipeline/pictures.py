@@ -27,10 +27,9 @@ from .labels import Labels, listed
 from .output import read_run
 from .places import placed
 from .readers import open_slide
-from .slide import Box, ReadCost, Slide, Thumbnail, read_mean, source_level, thumbnail
+from .slide import MAX_PIXELS, Box, ReadCost, Slide, Thumbnail, read_mean, source_level, thumbnail
 from .store import BagStore
 
-MAX_PIXELS = 1 << 28  # of a picture in memory
 OURS = ("models", "predictions", "heatmaps", "evaluations")  # folders in which images are not those of the user
 AS_IT_IS = 1.0  # µm/px that an image of a folder is read at: its own pixels, whatever they measure
 BLOCK_PX = 2048

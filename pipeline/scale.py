@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from .errors import MissingMpp, TooCoarse
 
+RESOLUTION_TAG = "TIFF resolution tag"
 MPP_RANGE = (0.05, 20.0)  # what a tag is believed
 GIVEN_RANGE = (0.01, 500.0)  # what a person is believed: there are macro images at 165 µm/px
 
@@ -24,6 +25,7 @@ class ScaleTags:
     objective: str | None = None
     refused: str = ""  # why a value that stands in the file is no evidence
     coarsest: float = MPP_RANGE[1]  # the largest value that is believed
+    odd: str = ""  # what in the file speaks against it, and is no reason not to believe it
 
 
 class Scale(NamedTuple):
@@ -52,7 +54,7 @@ def resolution_tags(x: str | None, y: str | None, objective: str | None = None) 
         if default
         else ""
     )
-    return ScaleTags(x, y, "TIFF resolution tag", objective, refused)
+    return ScaleTags(x, y, RESOLUTION_TAG, objective, refused)
 
 
 def resolve_scale(path: str, tags: ScaleTags, given: float | None = None, source: str = "argument") -> Scale:
@@ -102,6 +104,8 @@ def _fault(tags: ScaleTags, x: float | None, y: float | None) -> str:
 
 
 def _oddities(tags: ScaleTags, x: float, y: float, mpp: float) -> Iterator[str]:
+    if tags.odd:
+        yield tags.odd
     if abs(x - y) > 0.005 * mpp:
         yield f"µm/px in x ({x:g}) and y ({y:g}) differ; their mean is used"
     power = _parse(tags.objective)

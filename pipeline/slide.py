@@ -15,9 +15,10 @@ from typing import NamedTuple, Self
 import numpy as np
 
 from .area import Weights, area_mean, weights
-from .errors import CorruptTiles
+from .errors import CorruptTiles, UnreadableSlide
 from .scale import ScaleTags
 
+MAX_PIXELS = 1 << 28  # of a picture in memory, 0.8 GB: a kilobyte can declare more than any machine has
 READ_PX = 4096  # the longest edge that is read at once: bounds memory to 50 MB a read
 
 
@@ -170,10 +171,14 @@ class Thumbnail:
 def thumbnail(slide: Slide, mpp: float, min_px: int = 64) -> Thumbnail:
     """The whole slide at about `mpp`, finer where its short side would have less than `min_px` pixels.
 
-    Read in blocks, so that a slide of one huge level costs time but not memory.
+    Read in blocks, so that a slide of one huge level costs time but not memory. Raises UnreadableSlide where the
+    thumbnail itself would be huge, as that of a file that is damaged or of a coarse one at a fine `mpp`.
     """
     factor = max(1.0, min(mpp / slide.mpp, min(slide.size) / min_px))
     width, height = (max(1, round(side / factor)) for side in slide.size)
+    if width * height > MAX_PIXELS:
+        fault = f"its picture of {width} x {height} pixels would be too large; look for tissue at more µm per pixel"
+        raise UnreadableSlide(str(slide.path), "segment", fault)
     fx, fy = slide.size[0] / width, slide.size[1] / height
     level = source_level(slide, slide.mpp * min(fx, fy))
     step = max(1, int(READ_PX * max(slide.levels[level].downsample) / max(fx, fy)))

@@ -5,6 +5,7 @@ A reader is a module of this folder that defines `open(path) -> Slide`; adding o
 
 import errno
 import stat
+from dataclasses import replace
 from importlib import import_module
 from io import BufferedReader
 from pathlib import Path
@@ -13,15 +14,17 @@ import numpy as np
 
 from ..errors import MACHINE_ERRNOS, UnreadableSlide, UsageError, nearest, slide_door
 from ..places import honest, is_remote, opened, placed
-from ..scale import resolve_scale
+from ..scale import RESOLUTION_TAG, resolve_scale
 from ..slide import Slide
+from .levels import levels_fault
 from .tiffcheck import Structure, structure
 
 # `auto` tries them in this order. OpenSlide first: it knows most formats and is strict about damaged tiles. A reader
 # may say that it is in doubt about a file; then it serves only where the others do not find the same levels.
 READERS = ("openslide", "tiffslide", "image")
 
-PYRAMIDS = ("aperio", "generic-tiff", "tiff")  # all images in tiles are levels; label and macro image are in strips
+# Vendors of whose images all that are in tiles are levels; label and macro image are in strips.
+PYRAMIDS = ("aperio", "generic-tiff", "tiff", "trestle")
 TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 FORMATS: tuple[tuple[bytes, str], ...] = (
     *((magic, "TIFF") for magic in TIFF_MAGIC),
@@ -86,7 +89,7 @@ def _open_file(path: Path, requested: str) -> Slide:
     refusals: list[str] = []
     doubted: Slide | None = None
     for name in _in_order(kind) if requested == "auto" else (requested,):
-        slide = _open_with(name, path, refusals)
+        slide = _open_with(name, path, refusals, found)
         if slide is None:
             continue
         slide.warnings = (*_name_warnings(path, kind), *_level_warnings(slide, found))
@@ -114,7 +117,7 @@ def _open_remote(path: Path, requested: str, kind: str, what: str, found: Struct
         reason = f"OpenSlide, which may know it ({what}), reads from disks only: copy the slide to one"
         raise UnreadableSlide(str(path), "open", reason)
     refusals: list[str] = []
-    slide = _open_with(name, path, refusals)
+    slide = _open_with(name, path, refusals, found)
     if slide is None:
         reason = f"{refusals[0]}. OpenSlide may know it, and reads from disks only: copy the slide to one"
         raise UnreadableSlide(str(path), "open", reason)
@@ -142,7 +145,7 @@ def _examine(path: Path) -> tuple[str, str, Structure]:
     return kind, kind or _describe(head), found
 
 
-def _open_with(name: str, path: Path, refusals: list[str]) -> Slide | None:
+def _open_with(name: str, path: Path, refusals: list[str], found: Structure) -> Slide | None:
     module = _reader(name)
     try:
         with slide_door(str(path), "open"):
@@ -150,6 +153,13 @@ def _open_with(name: str, path: Path, refusals: list[str]) -> Slide | None:
     except UnreadableSlide as error:
         refusals.append(f"{name}: {error.reason}")
         return None
+    fault = levels_fault(slide) if found.mixed else ""
+    if fault:
+        slide.close()
+        refusals.append(f"{name}: {fault}")
+        return None
+    if slide.tags.origin == RESOLUTION_TAG:
+        slide.tags = replace(slide.tags, odd=found.scale)
     slide.reader, slide.reader_version, slide.refusals = name, module.VERSION, tuple(refusals)
     return slide
 

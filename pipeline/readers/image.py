@@ -9,9 +9,8 @@ from PIL import Image
 from ..errors import UnreadableSlide
 from ..places import honest, opened
 from ..scale import ScaleTags
-from ..slide import Slide, make_levels
+from ..slide import MAX_PIXELS, Slide, make_levels
 
-MAX_PIXELS = 1 << 28  # 0.8 GB in memory; a kilobyte of PNG can declare more than any machine has
 FORMATS = ("PNG", "JPEG", "JPEG2000")
 Image.MAX_IMAGE_PIXELS = None  # judged here, by a limit of our own
 VERSION = f"pillow {Image.__version__}"

@@ -4,7 +4,9 @@ In a file as it was written no two tiles share a part, and next to nothing is le
 been damaged, tiles overlap, or there are data that belong to none; where a directory is lost, there are many.
 """
 
+import re
 import struct
+from collections.abc import Iterator
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
@@ -14,6 +16,8 @@ TYPE_BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4
 MAX_ENTRIES = 1 << 16
 LAST = 1 << 16  # above all tags
 SHORT, PADDING = 16, 4096  # bytes that belong to nothing and align what follows, in a table of tiles, in a file
+GAPS, REACH = 64, 1 << 16  # the largest gaps in which a directory is looked for, and how far into them from both ends
+LONGS = {4: "I", 13: "I", 16: "Q", 18: "Q"}  # types of an address
 # Tags that are one number, and those without which pixels would be taken for something else.
 SINGLE = {256, 257, 259, 262, 266, 274, 277, 278, 284, 317, 322, 323}
 CODING = {258, 259, 262, 277, 284, 317, 320, 338, 339, 347, 530}
@@ -81,24 +85,69 @@ def _order_fault(codes: np.ndarray) -> str:
     return ""
 
 
-def claims(offsets: np.ndarray, counts: np.ndarray, others: np.ndarray, size: int) -> tuple[str, float]:
-    """What is wrong with the addresses of all tiles of a file, and the share of the file that belongs to nothing.
+def claims(offsets: np.ndarray, counts: np.ndarray, others: np.ndarray, size: int) -> tuple[str, np.ndarray]:
+    """What is wrong with the addresses of all tiles of a file, and (k, 2), start and end of what belongs to nothing.
 
     offsets, counts (n,) int64 of the tiles; others (m, 2): start and bytes of directories, values and the header.
     """
+    nothing = np.empty((0, 2), np.int64)
     there = counts > 0
     tiles, shared = np.unique(np.stack([offsets[there], counts[there]], axis=1), axis=0, return_counts=True)
     if np.any(tiles[:-1].sum(axis=1) > tiles[1:, 0]):
-        return "corrupt: parts of its tiles overlap", 0.0
+        return "corrupt: parts of its tiles overlap", nothing
     if _meet(tiles, others):
-        return "corrupt: a tile overlaps what is no tile", 0.0
+        return "corrupt: a tile overlaps what is no tile", nothing
     gaps = _gaps(np.concatenate([tiles, others]), size)
     lengths = gaps[:, 1] - gaps[:, 0]
     if np.any(shared > 1) and _is_displaced(offsets[there], counts[there], gaps[lengths > SHORT]):
-        return "corrupt: two tiles have one address, and there are data that belong to no tile", 0.0
+        return "corrupt: two tiles have one address, and there are data that belong to no tile", nothing
     if _within(offsets[~there & (offsets > 0)], gaps[lengths > SHORT]):
-        return "corrupt: a tile without bytes has the address of data that belong to no tile", 0.0
-    return "", int(lengths[lengths >= PADDING].sum()) / size
+        return "corrupt: a tile without bytes has the address of data that belong to no tile", nothing
+    return "", gaps
+
+
+def unclaimed(gaps: np.ndarray) -> int:
+    """Bytes of a file that belong to nothing, without those that only align what follows."""
+    lengths = gaps[:, 1] - gaps[:, 0]
+    return int(lengths[lengths >= PADDING].sum())
+
+
+def has_lost_directory(file: BinaryIO, form: tifffile.TiffFormat, gaps: np.ndarray) -> bool:
+    """True if a directory to which no link leads names data that belong to nothing.
+
+    Directories that were written anew leave the old one behind, which names data that belong to the new one.
+    """
+    lengths = gaps[:, 1] - gaps[:, 0]
+    for start, end in gaps[np.argsort(-lengths)][:GAPS].tolist():
+        for first in {start, max(start, end - REACH)}:
+            file.seek(first)
+            places = _like_directories(file.read(min(REACH, end - first)), form)
+            if any(_within(_address(file, form, first + place), gaps) for place in places):
+                return True
+    return False
+
+
+def _like_directories(data: bytes, form: tifffile.TiffFormat) -> Iterator[int]:
+    """Where a number of entries from 4 to 255 stands, and one of the three tags that come first."""
+    parts = [b"[\x04-\xff]" + bytes(form.tagnosize - 1), b"(?:[\xfe\xff]\0|\0\x01)"]
+    if form.byteorder == ">":
+        parts = [bytes(form.tagnosize - 1) + b"[\x04-\xff]", b"(?:\0[\xfe\xff]|\x01\0)"]
+    return (found.start() for found in re.finditer(b"(?=" + b"".join(parts) + b")", data, re.DOTALL))
+
+
+def _address(file: BinaryIO, form: tifffile.TiffFormat, at: int) -> np.ndarray:
+    """(1,) where the first tile of the directory at `at` stands, (0,) if there is no directory with tiles."""
+    entries = read_directory(file, form, at).entries
+    nowhere = np.empty(0, np.int64)
+    tiles = [entry for entry in entries if entry["code"] in (273, 324) and int(entry["type"]) in LONGS]
+    if len(tiles) != 1 or np.any(np.diff(entries["code"].astype(int)) <= 0) or 257 not in entries["code"]:
+        return nowhere
+    address = int(tiles[0]["value"])
+    if tiles[0]["count"] > 1:
+        kind = form.byteorder + LONGS[int(tiles[0]["type"])]
+        file.seek(address)
+        address = unpack(kind, file.read(struct.calcsize(kind)))
+    return np.array([address])
 
 
 def _meet(tiles: np.ndarray, others: np.ndarray) -> bool:

@@ -6,13 +6,24 @@ here from the file's structure, for the price of reading its directories; single
 
 import logging
 import os
+import re
 import struct
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import tifffile
 
-from .tiffbytes import Directory, claims, directory_fault, read_directory, unpack, value_spans
+from .tiffbytes import (
+    SHORT,
+    Directory,
+    claims,
+    directory_fault,
+    has_lost_directory,
+    read_directory,
+    unclaimed,
+    unpack,
+    value_spans,
+)
 
 # What tifffile only logs about a damaged file is an error here, told once and with the slide's name.
 logging.getLogger("tifffile").setLevel(logging.CRITICAL)
@@ -24,20 +35,26 @@ WEBP = {34927, 50001}
 DEFLATE = {8, 32946}
 OLD_JPEG = 6
 NEEDED = {258: "BitsPerSample", 259: "Compression", 262: "PhotometricInterpretation"}
-RGB, YCBCR = 2, 6  # photometric
+RGB, PALETTE, YCBCR = 2, 3, 6  # photometric
+# What the numbers of a pixel are, by tag, and what they are where it is missing.
+CODING = {258: 1, 262: None, 266: 1, 277: 1, 284: 1, 317: 1, 338: (), 530: (2, 2)}
 LARGEST_TILE = 65535  # px of an edge: what a JPEG stream can say; libtiff miscounts far larger ones
+INCH = 2  # of resolutions
 TOLD = 0.002  # of a file that belongs to no image
 
 
 class Structure(NamedTuple):
     """Why a file is not a whole TIFF file, and what is odd about it; "" if there is nothing to say.
 
-    `tiled`: how many of its images are in tiles, as the levels of a slide are.
+    `tiled`: how many of its images are in tiles, as the levels of a slide are; `mixed`: these say different things
+    about what the numbers of a pixel are; `scale`: what is odd about their resolution tags.
     """
 
     fault: str
     warning: str = ""
     tiled: int = 0
+    mixed: bool = False
+    scale: str = ""
 
 
 def structure(file: BinaryIO) -> Structure:
@@ -48,7 +65,7 @@ def structure(file: BinaryIO) -> Structure:
         fault, directories = _chain(file, tif, size)
         if fault:
             return Structure(fault)
-        offsets, counts, tiled = [], [], 0
+        offsets, counts, tiled = [], [], []
         for number, frame in enumerate(tif.pages):
             page = frame.aspage()
             below = page.pages if page.subifds and page.pages is not None else []  # OME-TIFF keeps its pyramid there
@@ -61,16 +78,50 @@ def structure(file: BinaryIO) -> Structure:
                     return Structure(f"{fault} (image {number} of the file)")
                 offsets.append(np.asarray(part.dataoffsets, np.int64))
                 counts.append(np.asarray(part.databytecounts, np.int64))
-                tiled += part.is_tiled
+                tiled += [part] if part.is_tiled else []
         if tif.tiff.is_ndpi or any(page.aspage().compression == OLD_JPEG for page in tif.pages):
             return Structure("")  # data that no table names
         spans = np.concatenate(offsets), np.concatenate(counts), _others(tif, directories)
-        fault, unclaimed = claims(*spans, size)
-        words = f"{unclaimed:.1%} of the file belong to no image in it"
-        if unclaimed > 0.5 and _is_reduced(tif.pages.first.aspage()):
+        fault, gaps = claims(*spans, size)
+        share = unclaimed(gaps) / size
+        words = f"{share:.1%} of the file belong to no image in it"
+        if share > 0.5 and _is_reduced(tif.pages.first.aspage()):
             fault = fault or f"corrupt: {words}, and there is only a reduced one: an image directory is lost"
-        warning = f"{words}: a level or tiles are lost, or a label was taken out" if unclaimed > TOLD else ""
-        return Structure(fault, warning, tiled)
+        warning = f"{words}: a level or tiles are lost, or a label was taken out" if share > TOLD else ""
+        if not warning and has_lost_directory(file, tif.tiff, gaps):
+            warning = "to one of its images no link leads: a level is lost, or a label was taken out"
+        if not warning and tif.ome_metadata:
+            warning = _ome_warning(tif.ome_metadata, tif.pages.first.aspage())
+        mixed = len({_coding(page) for page in tiled}) > 1
+        return Structure(fault, warning, len(tiled), mixed, _scale_warning(tiled))
+
+
+def _ome_warning(xml: str, first: tifffile.TiffPage) -> str:
+    """OME-XML says the size of every image once more."""
+    said = re.findall(r"<(?:\w+:)?Pixels\b[^>]*>", xml)
+    size = [f'Size{axis}="{side}"' for axis, side in (("X", first.imagewidth), ("Y", first.imagelength))]
+    if not said or any(all(part in pixels for part in size) for pixels in said):
+        return ""
+    return f"its first image has {first.imagewidth} x {first.imagelength} pixels, and none has by its OME-XML"
+
+
+def _coding(page: tifffile.TiffPage) -> tuple[object, ...]:
+    return tuple(page.tags[code].value if code in page.tags else missing for code, missing in CODING.items())
+
+
+def _scale_warning(tiled: list[tifffile.TiffPage]) -> str:
+    """Levels say the scale of their own pixels, or all of them that of the slide; only level 0 is ever asked."""
+    said = [page for page in tiled if 282 in page.tags and page.resolution[0] > 0]
+    for page in said[1:]:
+        ratio, own = _per_cm(said[0]) / _per_cm(page), said[0].imagewidth / page.imagewidth
+        if all(abs(ratio / usual - 1) > 0.01 + 2 / page.imagewidth for usual in (1, own)):
+            return "the resolution tags disagree about the scale of its levels"
+    return ""
+
+
+def _per_cm(page: tifffile.TiffPage) -> float:
+    """Pixels per centimetre in x, by tags 282 and 296; per unit of its own where the file knows none."""
+    return float(page.resolution[0]) / (2.54 if page.resolutionunit == INCH else 1)
 
 
 def _is_reduced(page: tifffile.TiffPage) -> bool:
@@ -137,6 +188,8 @@ def _page_fault(page: tifffile.TiffPage, size: int) -> str:
     beyond = int(np.count_nonzero((counts > 0) & (offsets + counts > size)))
     if beyond:
         return f"truncated: {beyond} of {len(offsets)} tiles lie beyond the end of the file"
+    if page.compression == 1 and _is_askew(offsets, counts):
+        return "corrupt: its tiles have the same size, but do not stand at the same distance"
     if np.any((offsets == 0) & (counts > 0)) or np.any((offsets < 0) | (counts < 0)):
         return "corrupt: tiles without an address"
     if page.jpegtables is not None and not (
@@ -145,9 +198,23 @@ def _page_fault(page: tifffile.TiffPage, size: int) -> str:
         return "corrupt: its JPEG tables are cut"
     if page.photometric in (RGB, YCBCR) and samples < 3:
         return f"corrupt: colours of {samples} samples"
+    if page.is_tiled or page.index == 0:  # what is no level may be as it likes
+        if 262 in page.tags and not isinstance(page.photometric, tifffile.PHOTOMETRIC):
+            return f"corrupt: its colours are coded in an unknown way, {page.photometric}"
+        if page.photometric == PALETTE and (samples != 1 or page.colormap is None):
+            return f"corrupt: a palette for colours of {samples} samples"
     if samples > 1 and page.planarconfig == 1 and page.dtype is None:
         return "corrupt: unknown pixel type"
     return ""
+
+
+def _is_askew(offsets: np.ndarray, counts: np.ndarray) -> bool:
+    """True if one of many tiles of one size is a few bytes from its place, as the padding between them may hide."""
+    steps = np.diff(np.sort(offsets[(counts > 0) & (counts == counts.max())]))
+    if len(steps) < 2:
+        return False
+    off = np.abs(steps - np.median(steps))
+    return bool(np.any((off > 0) & (off <= SHORT)))
 
 
 def same_shape(size: tuple[int, int], small: tuple[int, int]) -> bool:

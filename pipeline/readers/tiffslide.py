@@ -138,7 +138,7 @@ def _sub_pages(page: tifffile.TiffPage) -> list[Any]:
 
 
 def _is_level_of(page: tifffile.TiffPage, base: tifffile.TiffPage) -> bool:
-    same = ("bitspersample", "samplesperpixel", "planarconfig", "photometric")
+    same = ("bitspersample", "samplesperpixel", "planarconfig")
     if (
         page.imagewidth >= base.imagewidth
         or not page.is_tiled
@@ -155,7 +155,7 @@ def _refuse_unsupported(path: Path, page: tifffile.TiffPage, axes: str) -> None:
         fault = "its tiles are pieces of one JPEG stream (NDPI)"
     elif axes not in ("YXS", "YX", "CYX") or page.planarconfig != 1:
         fault = f"its pixels are laid out as {axes} (a stack or separate planes), not as one colour image"
-    elif page.photometric not in (MINISWHITE, GREY, RGB, PALETTE, YCBCR) or samples > 4:
+    elif page.photometric not in (MINISWHITE, GREY, RGB, PALETTE, YCBCR) or samples > 4 or _is_coloured_grey(page):
         fault = f"its colours are coded as {getattr(page.photometric, 'name', page.photometric)} with {samples} samples"
     elif samples in (2, 4) and page.extrasamples[:1] in ((), (UNKNOWN,)):
         fault = f"it does not say what the last of its {samples} samples is"
@@ -172,6 +172,12 @@ def _refuse_unsupported(path: Path, page: tifffile.TiffPage, axes: str) -> None:
         fault = f"its tiles of {page.chunks} pixels are too large to decode at once"
     if fault:
         raise UnreadableSlide(str(path), "open", f"{fault}, which is not supported")
+
+
+def _is_coloured_grey(page: tifffile.TiffPage) -> bool:
+    """Three samples that are called grey may be red, green and blue, but not if they are inverted or in a JPEG."""
+    ambiguous = page.photometric == GREY and page.compression not in JPEG_LIKE
+    return page.photometric in (MINISWHITE, GREY) and page.samplesperpixel > 2 and not ambiguous
 
 
 def _channel_colours(pages: list[tifffile.TiffPage]) -> list[np.ndarray]:

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import zlib
 from collections import Counter
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,9 @@ from pipeline.readers import open_slide
 from pipeline.readers.tiffcheck import same_shape
 
 ROOT = Path(__file__).parents[2]
-SAMPLES_PER_PIXEL, SUBFILE, DESCRIPTION, WIDTH = 277, 254, 270, 256
+DICOM = ROOT.parent / "shared" / "data" / "slides" / "jpeg.dicom"
+SAMPLES_PER_PIXEL, DESCRIPTION, WIDTH, PHOTOMETRIC, UNIT, PREDICTOR = 277, 270, 256, 262, 296, 317
+RGB, PALETTE = 2, 3
 READERS = ("auto", "tiffslide", "openslide")
 SCALE = {"resolution": (20000, 20000), "resolutionunit": "CENTIMETER", "metadata": None}
 SIDE = 256
@@ -92,7 +95,7 @@ def test_a_tile_whose_address_is_moved_overlaps_another(kit, raw, path, by, read
     kit.write_tiff(path, pages)
     pages[0].offsets = {5: addresses(path)[5] + by}
     kit.write_tiff(path, pages)
-    with pytest.raises(UnreadableSlide, match="overlap"):
+    with pytest.raises(UnreadableSlide, match=r"overlap|same distance"):
         open_slide(path, reader=reader)
 
 
@@ -105,6 +108,24 @@ def test_a_tile_whose_address_is_that_of_a_directory(raw, path, reader):
     assert last + 64 * 64 * 3 <= second
     put(path, at + 15 * 4, "I", last + 20)
     with pytest.raises(UnreadableSlide, match="no tile"):
+        open_slide(path, reader=reader)
+
+
+@pytest.mark.parametrize("reader", READERS)
+@pytest.mark.parametrize("tile", [0, 5, 15])
+def test_a_raw_tile_that_is_moved_into_the_padding_before_it(kit, raw, path, tile, reader):
+    """Nothing overlaps then, and no more bytes are left over than align a tile."""
+    pages = pages_of(kit, raw)
+    for number, page in enumerate(pages):
+        page.counts = {i: len(data) for i, data in enumerate(page.tiles)}
+        page.tiles = [bytes(5) * (i == number == 0) + data + bytes(8) for i, data in enumerate(page.tiles)]
+    kit.write_tiff(path, pages)
+    pages[0].offsets = {0: addresses(path)[0] + 5}
+    kit.write_tiff(path, pages)
+    np.testing.assert_array_equal(whole(path, reader), whole(raw, reader))
+    pages[0].offsets[tile] = addresses(path)[tile] - 1
+    kit.write_tiff(path, pages)
+    with pytest.raises(UnreadableSlide, match="same distance"):
         open_slide(path, reader=reader)
 
 
@@ -313,6 +334,186 @@ def test_strips_of_another_width_are_not_read_askew(kit, path, compression, widt
         assert "more pixels" in error.reason  # noqa: PT017 - found on opening or on reading, by codec
 
 
+# --- levels of one slide ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("reader", READERS)
+@pytest.mark.parametrize("photometric", [0, 1, 6, 8])
+def test_a_level_whose_colours_are_coded_otherwise_is_not_shown(raw, path, photometric, reader):
+    """The numbers are the same, and mean another picture: refused, or unreadable; or shown as they were."""
+    path.write_bytes(raw.read_bytes())
+    put(path, entry(path, PHOTOMETRIC, page=1) + 8, "H", photometric)
+    try:
+        slide = open_slide(path, reader=reader)
+    except UnreadableSlide as error:
+        assert "show different pictures" in error.reason  # noqa: PT017 - by reader, which of the three
+        return
+    with slide, open_slide(raw, reader=reader) as undamaged:
+        assert slide.levels == undamaged.levels
+        try:
+            pixels = slide.read(0, 0, 1, 128, 128)
+        except CorruptTiles:
+            return
+        np.testing.assert_array_equal(pixels, undamaged.read(0, 0, 1, 128, 128))
+
+
+@pytest.fixture
+def lzw(kit, path) -> Path:
+    pixels = kit.tissue(512)[:SIDE, :SIDE]
+    with tifffile.TiffWriter(path) as file:
+        for step in (1, 2, 4):
+            options = {"compression": "lzw", "predictor": True, "subfiletype": int(step > 1)}
+            file.write(pixels[::step, ::step], tile=(64, 64), photometric="rgb", **options, **SCALE)
+    return path
+
+
+@pytest.mark.parametrize("reader", READERS)
+@pytest.mark.parametrize("page", [0, 1, 2])
+def test_a_level_whose_pixels_are_taken_for_differences_or_not(lzw, page, reader):
+    put(lzw, entry(lzw, PREDICTOR, page=page) + 8, "H", 1)
+    with pytest.raises(UnreadableSlide, match="show different pictures"):
+        open_slide(lzw, reader=reader)
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_levels_may_be_coded_differently_if_they_show_the_same_picture(kit, path, reader):
+    """As tools do that keep the scanner's level 0 and make the others themselves."""
+    pixels = kit.tissue(512)
+    with tifffile.TiffWriter(path) as file:
+        for step in (1, 2, 4):
+            options = {"predictor": step == 1, "subfiletype": int(step > 1)}
+            file.write(pixels[::step, ::step], tile=(64, 64), compression="lzw", photometric="rgb", **options, **SCALE)
+    with open_slide(path, reader=reader) as slide:
+        assert len(slide.levels) == 3
+    assert warnings(path, reader) == ""
+
+
+def test_unreadable_tiles_of_levels_that_are_coded_differently_are_left_to_who_reads_them(kit, path):
+    pixels = kit.tissue(512)
+    with tifffile.TiffWriter(path) as file:
+        for step, codec in ((1, "zlib"), (2, "lzw")):
+            options = {"predictor": step == 1, "subfiletype": int(step > 1), "compression": codec}
+            file.write(pixels[::step, ::step], tile=(64, 64), photometric="rgb", **options, **SCALE)
+    middle = addresses(path)[4 * 8 + 4]
+    put(path, middle, "8B", *[255] * 8)
+    with open_slide(path, reader="tiffslide") as slide:
+        assert len(slide.levels) == 2
+        with pytest.raises(CorruptTiles):
+            slide.read(256, 256, 0, 64, 64)
+
+
+@pytest.mark.parametrize("reader", READERS)
+@pytest.mark.parametrize(("photometric", "word"), [(7, "unknown"), (60000, "unknown"), (PALETTE, "palette")])
+def test_colours_that_no_file_can_have(kit, raw, path, photometric, word, reader):
+    for good in (raw, kit.good):
+        path.write_bytes(good.read_bytes())
+        put(path, entry(path, PHOTOMETRIC) + 8, "H", photometric)
+        with pytest.raises(UnreadableSlide, match=word):
+            open_slide(path, 0.5, reader)
+
+
+@pytest.mark.parametrize("reader", ["auto", "tiffslide"])
+def test_the_colours_of_level_0_are_those_that_are_damaged(kit, path, reader):
+    """The others must not pass for images that are no levels."""
+    pixels = kit.tissue(512)
+    with tifffile.TiffWriter(path) as file:
+        for step in (1, 2, 4):
+            options = {"compression": "zstd", "photometric": "rgb", "subfiletype": int(step > 1)}
+            file.write(np.ascontiguousarray(pixels[::step, ::step]), tile=(64, 64), **options, **SCALE)
+    put(path, entry(path, PHOTOMETRIC) + 8, "H", 0)
+    with pytest.raises(UnreadableSlide, match="MINISWHITE with 3 samples"):
+        open_slide(path, reader=reader)
+
+
+@pytest.mark.parametrize("reader", ["auto", "tiffslide"])
+@pytest.mark.parametrize("photometric", [0, 1])
+def test_a_jpeg_of_colours_that_is_called_grey(kit, path, photometric, reader):
+    tifffile.imwrite(path, kit.tissue(512), photometric="rgb", tile=(64, 64), compression="jpeg", **SCALE)
+    put(path, entry(path, PHOTOMETRIC) + 8, "H", photometric)
+    with pytest.raises(UnreadableSlide, match="with 3 samples"):
+        open_slide(path, reader=reader)
+
+
+@pytest.mark.parametrize("reader", ["auto", "tiffslide"])
+def test_an_ome_tiff_says_its_size_twice(kit, path, reader):
+    path = path.with_name("a.ome.tif")
+    about = {"axes": "YXS", "PhysicalSizeX": 0.5, "PhysicalSizeY": 0.5}
+    tifffile.imwrite(path, kit.tissue(512), photometric="rgb", tile=(64, 64), compression="jpeg", metadata=about)
+    assert warnings(path, reader) == ""
+    put(path, entry(path, WIDTH) + 8, "H", 500)
+    assert "first image has 500 x 512 pixels" in warnings(path, reader)
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_a_palette_without_its_colours(kit, path, reader):
+    tifffile.imwrite(path, kit.tissue(512)[..., 0], photometric="minisblack", tile=(64, 64), **SCALE)
+    put(path, entry(path, PHOTOMETRIC) + 8, "H", PALETTE)
+    with pytest.raises(UnreadableSlide, match="palette"):
+        open_slide(path, reader=reader)
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_a_scale_that_the_levels_say_otherwise_is_told(raw, path, reader):
+    """µm per inch for µm per centimetre: each is believable by itself."""
+    path.write_bytes(raw.read_bytes())
+    pixels = whole(raw, reader)
+    for reduced in (1, 2):  # of level 1, the scale of its own pixels, or that of the slide as some tools write it
+        with tifffile.TiffWriter(path) as file:
+            for step in (1, 2):
+                scale = {"resolution": (20000 // step ** (reduced == 1),) * 2, "resolutionunit": "CENTIMETER"}
+                options = {"photometric": "rgb", "subfiletype": int(step > 1), "metadata": None}
+                file.write(np.ascontiguousarray(pixels[::step, ::step]), tile=(64, 64), **options, **scale)
+        with open_slide(path, reader=reader) as slide:
+            assert "scale" not in " ".join(slide.warnings)
+        put(path, entry(path, UNIT) + 8, "H", 2)
+        with open_slide(path, reader=reader) as slide:
+            assert slide.mpp == 1.27
+            assert "scale of its levels" in " ".join(slide.warnings)
+
+
+@pytest.mark.parametrize(
+    ("order", "big", "reader"),
+    [*product("<", [False, True], READERS), *product(">", [False, True], ["auto", "tiffslide"])],
+)
+def test_a_lost_level_of_a_single_tile_is_told(kit, path, order, big, reader):
+    """It is far less than a label that was taken out; but its directory still says where its tile is."""
+    pixels = kit.tissue(1024)
+    with tifffile.TiffWriter(path, bigtiff=big, byteorder=order) as file:
+        for step in (1, 4, 16):
+            options = {"photometric": "rgb", "compression": "jpeg", "subfiletype": int(step > 1)}
+            file.write(np.ascontiguousarray(pixels[::step, ::step]), tile=(64, 64), **options, **SCALE)
+    assert warnings(path, reader) == ""
+    with tifffile.TiffFile(path) as file:
+        form, page = file.tiff, file.pages[1]
+        at = page.offset + form.tagnosize + form.tagsize * len(page.tags)
+    put(path, at, "Q" if big else "I", 0)
+    assert "to one of its images no link leads" in warnings(path, reader)
+
+
+@pytest.mark.parametrize("layout", ["directories first", "directories last", "each after its data", "level 0 last"])
+def test_a_lost_level_of_a_single_tile_wherever_it_stands(kit, path, tmp_path, layout):
+    slide = tmp_path / "b.svs"
+    kit.write_slide(slide, kit.tissue(512)[:SIDE, :SIDE], 0.5, downsamples=(2, 4), tile_px=64)
+    kit.write_tiff(path, pages_of(kit, slide), layout)
+    assert warnings(path, "auto") == ""
+    put(path, link(path, 2), "I", 0)
+    assert "to one of its images no link leads" in warnings(path, "auto")
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_a_directory_that_was_written_anew_leaves_the_old_one_behind(raw, path, reader):
+    path.write_bytes(raw.read_bytes() + bytes(raw.stat().st_size % 2))
+    with tifffile.TiffFile(path) as file:
+        old = file.pages[1].offset
+        directory = path.read_bytes()[old : old + 2 + 12 * len(file.pages[1].tags) + 4]
+    put(path, link(path, 0), "I", path.stat().st_size)
+    with open(path, "ab") as file:
+        file.write(directory)
+    with open_slide(path, reader=reader) as slide:
+        assert len(slide.levels) == 2
+    assert warnings(path, reader) == ""
+
+
 # --- plain images -----------------------------------------------------------------------------------------------------
 
 
@@ -363,6 +564,19 @@ def test_a_jpeg_2000_says_of_each_channel_what_it_says_of_all(kit, tmp_path, at)
     path.write_bytes(data)
     with pytest.raises(UnreadableSlide):
         open_slide(path, 0.5)
+
+
+@pytest.mark.skipif(not DICOM.is_file(), reason="needs jpeg.dicom of ../shared/data")
+def test_a_dicom_file_that_says_it_is_endless_takes_no_memory(folder, process):
+    """Its scale is coarse, so its thumbnail would be as large as itself. No machine has the memory; no run stops."""
+    data = bytearray(DICOM.read_bytes())
+    rows = data.index(b"\x48\x00\x07\x00UL\x04\x00") + 8
+    assert struct.unpack_from("<I", data, rows) == (715,)
+    struct.pack_into("<I", data, rows, 8_389_323)
+    (folder / "a.dcm").write_bytes(data)
+    row = process(folder / "a.dcm", mpp=17.0)
+    assert (row.status, row.stage) == ("failed", "segment")
+    assert "too large" in row.message
 
 
 # --- a sample of them all ---------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.area import GREY, fixed
-from pipeline.errors import CorruptTiles
+from pipeline.errors import CorruptTiles, UnreadableSlide
 from pipeline.readers import open_slide
 from pipeline.scale import ScaleTags
 from pipeline.slide import Box, Slide, make_levels, read_mean, source_level, thumbnail
@@ -190,6 +190,13 @@ def test_a_small_slide_gets_a_finer_thumbnail():
     assert tiny.rgb.shape == (3, 5, 3)  # never enlarged
     assert tiny.downsample == (1, 1)
     assert thumbnail(Pyramid([noise(1, 1)], 0.5), 8.0).rgb.shape == (1, 1, 3)
+
+
+def test_a_thumbnail_that_no_memory_holds_is_the_slides_fault_and_not_the_machines():
+    slide = Pyramid([noise(9, 9)], 16.8)
+    slide.levels = make_levels([(957, 8_389_323)])
+    with pytest.raises(UnreadableSlide, match=r"picture of 957 x 8389323 pixels.*more µm per pixel"):
+        thumbnail(slide, 8.0)
 
 
 def test_a_thumbnail_comes_from_the_coarsest_level_that_serves():
