@@ -19,6 +19,8 @@ from .errors import CorruptTiles, UnreadableSlide
 from .scale import ScaleTags
 
 MAX_PIXELS = 1 << 28  # of a picture in memory, 0.8 GB: a kilobyte can declare more than any machine has
+THUMBNAIL_PIXELS = 1 << 27  # at most: to find the tissue on it takes 35 bytes for each
+UNREADABLE = 0.5  # of a thumbnail, at most
 READ_PX = 4096  # the longest edge that is read at once: bounds memory to 50 MB a read
 
 
@@ -172,11 +174,12 @@ def thumbnail(slide: Slide, mpp: float, min_px: int = 64) -> Thumbnail:
     """The whole slide at about `mpp`, finer where its short side would have less than `min_px` pixels.
 
     Read in blocks, so that a slide of one huge level costs time but not memory. Raises UnreadableSlide where the
-    thumbnail itself would be huge, as that of a file that is damaged or of a coarse one at a fine `mpp`.
+    thumbnail itself would be huge, as that of a file that is damaged or of a coarse one at a fine `mpp`; CorruptTiles
+    where most of it cannot be decoded.
     """
     factor = max(1.0, min(mpp / slide.mpp, min(slide.size) / min_px))
     width, height = (max(1, round(side / factor)) for side in slide.size)
-    if width * height > MAX_PIXELS:
+    if width * height > THUMBNAIL_PIXELS:
         fault = f"its picture of {width} x {height} pixels would be too large; look for tissue at more µm per pixel"
         raise UnreadableSlide(str(slide.path), "segment", fault)
     fx, fy = slide.size[0] / width, slide.size[1] / height
@@ -191,8 +194,8 @@ def thumbnail(slide: Slide, mpp: float, min_px: int = 64) -> Thumbnail:
                 rgb[y : y + h, x : x + w] = read_mean(slide, Box(x * fx, y * fy, w * fx, h * fy), (w, h), level, True)
             except CorruptTiles:
                 _salvage(slide, rgb, unreadable, (x, y, w, h), (fx, fy), level)
-    if unreadable.all():
-        raise CorruptTiles(str(slide.path), "segment", "none of its pixels can be decoded")
+    if unreadable.mean() > UNREADABLE:
+        raise CorruptTiles(str(slide.path), "segment", f"{unreadable.mean():.1%} of its pixels cannot be decoded")
     return Thumbnail(rgb, (fx, fy), slide.mpp * math.sqrt(fx * fy), unreadable)
 
 

@@ -235,9 +235,15 @@ def test_around_damage_a_thumbnail_of_few_pixels_ends_too():
     assert view.unreadable[2].tolist()[:3] == [False, True, True]
 
 
-def test_a_slide_of_which_nothing_can_be_read_fails():
-    with pytest.raises(CorruptTiles, match="none of its pixels"):
-        thumbnail(Pyramid([noise(301, 203)], 0.5, (0, 0, 301, 203)), 4.0)
+@pytest.mark.parametrize(("share", "fails"), [(1.0, True), (0.75, True), (0.25, False)])
+def test_a_slide_of_which_most_cannot_be_read_fails(share, fails):
+    """No tissue is looked for in it: that would take time and memory, and most of its tiles would be invalid."""
+    slide = Pyramid([noise(1024, 512)], 0.5, (0, 0, round(1024 * share), 512))
+    if fails:
+        with pytest.raises(CorruptTiles, match=r"\d\d.\d% of its pixels cannot be decoded"):
+            thumbnail(slide, 4.0)
+    else:
+        assert thumbnail(slide, 4.0).unreadable.mean() == pytest.approx(share, abs=0.1)
 
 
 def test_a_slide_closes_itself():
