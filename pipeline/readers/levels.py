@@ -32,7 +32,9 @@ def _places(slide: Slide, finer: int, coarser: int) -> Iterator[Box]:
     """Parts of the slide, in the middle and around it, of whole pixels of the coarser level."""
     width, height, (fx, fy) = slide.levels[coarser]
     side = min(CELLS * CELL_PX, int(READ_PX * min(slide.levels[finer].downsample) / max(fx, fy)))
-    w, h = (max(1, min(side, whole)) for whole in (width, height))
+    if side == 0:
+        return  # a pixel of it is more of the finer one than is read at once
+    w, h = min(side, width), min(side, height)
     for across in PLACES:
         for down in PLACES:
             x, y = round(across * (width - w)), round(down * (height - h))

@@ -118,7 +118,8 @@ def has_lost_directory(file: BinaryIO, form: tifffile.TiffFormat, gaps: np.ndarr
     Directories that were written anew leave the old one behind, which names data that belong to the new one.
     """
     lengths = gaps[:, 1] - gaps[:, 0]
-    for start, end in gaps[np.argsort(-lengths)][:GAPS].tolist():
+    wide = lengths >= form.tagnosize + 4 * form.tagsize + form.offsetsize  # what a directory needs
+    for start, end in gaps[wide][np.argsort(-lengths[wide])][:GAPS].tolist():
         for first in {start, max(start, end - REACH)}:
             file.seek(first)
             places = _like_directories(file.read(min(REACH, end - first)), form)

@@ -21,7 +21,10 @@ from PIL import Image
 
 from pipeline.errors import CorruptTiles, UnreadableSlide
 from pipeline.readers import open_slide
+from pipeline.readers.levels import levels_fault
 from pipeline.readers.tiffcheck import same_shape
+from pipeline.scale import ScaleTags
+from pipeline.slide import Slide, make_levels
 
 ROOT = Path(__file__).parents[2]
 DICOM = ROOT.parent / "shared" / "data" / "slides" / "jpeg.dicom"
@@ -386,6 +389,31 @@ def test_levels_may_be_coded_differently_if_they_show_the_same_picture(kit, path
     with open_slide(path, reader=reader) as slide:
         assert len(slide.levels) == 3
     assert warnings(path, reader) == ""
+
+
+class Flat(Slide):
+    """Each level of one colour; `largest`: the longest edge that was read."""
+
+    def __init__(self, sides: list[int], colours: list[int]) -> None:
+        super().__init__(Path("flat"), make_levels([(side, side) for side in sides]), ScaleTags(), "")
+        self.colours, self.largest = colours, 0
+
+    def read(self, x, y, level, width, height):
+        self.largest = max(self.largest, width, height)
+        return np.full((height, width, 3), self.colours[level], np.uint8)
+
+    def close(self):
+        pass
+
+
+@pytest.mark.parametrize("sides", [[100_000, 500], [100_000, 25_000, 1], [90, 1], [3, 2, 1]])
+def test_levels_are_compared_in_bounded_memory(monkeypatch, sides):
+    monkeypatch.setattr("pipeline.readers.levels.READ_PX", 256)
+    slide = Flat(sides, [200, 203, 206])
+    assert levels_fault(slide) == ""
+    assert 0 < slide.largest <= 256 + 2
+    slide.colours[1] = 180
+    assert "levels 0 and 1 show different pictures" in levels_fault(slide)
 
 
 def test_unreadable_tiles_of_levels_that_are_coded_differently_are_left_to_who_reads_them(kit, path):
