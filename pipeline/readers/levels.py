@@ -15,7 +15,7 @@ from ..slide import READ_PX, Box, Slide, read_mean
 CELLS = 8  # compared are the means of 8 x 8 cells: texture and rounding do not count
 CELL_PX = 8  # of the coarser of two levels
 PLACES = (0.5, 0.25, 0.75)  # of width and height
-ALIKE = 12.0  # grey levels, the mean over a place; real levels differ by 3 at most, YCbCr taken for RGB by 25 or more
+ALIKE = 12.0  # grey levels, the mean over a place; real levels differ by 3 at most, YCbCr taken for RGB by 27 or more
 
 
 def levels_fault(slide: Slide) -> str:

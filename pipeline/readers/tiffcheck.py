@@ -35,9 +35,10 @@ WEBP = {34927, 50001}
 DEFLATE = {8, 32946}
 OLD_JPEG = 6
 NEEDED = {258: "BitsPerSample", 259: "Compression", 262: "PhotometricInterpretation"}
-RGB, PALETTE, YCBCR = 2, 3, 6  # photometric
+MINISWHITE, GREY, RGB, PALETTE, YCBCR = 0, 1, 2, 3, 6  # photometric
+OME_PIXELS = re.compile(r"<(?:\w+:)?Pixels\b[^>]*>")  # of OME-XML, one for each image
 # What the numbers of a pixel are, by tag, and what they are where it is missing.
-CODING = {258: 1, 262: None, 266: 1, 277: 1, 284: 1, 317: 1, 338: (), 530: (2, 2)}
+PIXEL = {258: 1, 262: None, 266: 1, 277: 1, 284: 1, 317: 1, 338: (), 530: (2, 2)}
 LARGEST_TILE = 65535  # px of an edge: what a JPEG stream can say; libtiff miscounts far larger ones
 INCH = 2  # of resolutions
 TOLD = 0.002  # of a file that belongs to no image
@@ -98,15 +99,15 @@ def structure(file: BinaryIO) -> Structure:
 
 def _ome_warning(xml: str, first: tifffile.TiffPage) -> str:
     """OME-XML says the size of every image once more."""
-    said = re.findall(r"<(?:\w+:)?Pixels\b[^>]*>", xml)
-    size = [f'Size{axis}="{side}"' for axis, side in (("X", first.imagewidth), ("Y", first.imagelength))]
-    if not said or any(all(part in pixels for part in size) for pixels in said):
+    said = OME_PIXELS.findall(xml)
+    size = [rf"""\bSize{axis}=["']{side}["']""" for axis, side in (("X", first.imagewidth), ("Y", first.imagelength))]
+    if not said or any(all(re.search(part, pixels) for part in size) for pixels in said):
         return ""
     return f"its first image has {first.imagewidth} x {first.imagelength} pixels, and none has by its OME-XML"
 
 
 def _coding(page: tifffile.TiffPage) -> tuple[object, ...]:
-    return tuple(page.tags[code].value if code in page.tags else missing for code, missing in CODING.items())
+    return tuple(page.tags[code].value if code in page.tags else missing for code, missing in PIXEL.items())
 
 
 def _scale_warning(tiled: list[tifffile.TiffPage]) -> str:

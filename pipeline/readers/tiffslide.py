@@ -14,12 +14,23 @@ from ..errors import UnreadableSlide
 from ..places import honest, is_remote, opened, read_at
 from ..scale import ScaleTags, aperio_tags, resolution_tags
 from ..slide import Slide, Window, make_levels
-from .tiffcheck import APERIO_YCBCR, JPEG_2000, JPEG_LIKE, WEBP, same_shape
-from .tifftiles import MINISWHITE, TileCache, TilePage
+from .tiffcheck import (
+    APERIO_YCBCR,
+    GREY,
+    JPEG_2000,
+    JPEG_LIKE,
+    MINISWHITE,
+    OME_PIXELS,
+    PALETTE,
+    RGB,
+    WEBP,
+    YCBCR,
+    same_shape,
+)
+from .tifftiles import TileCache, TilePage
 
 MAX_TILE_BYTES = 512 << 20
 VERSION = f"tiffslide {library.__version__}, tifffile {tifffile.__version__}"
-GREY, RGB, PALETTE, YCBCR = 1, 2, 3, 6
 UNKNOWN = 0  # of an extra sample
 UNITS_UM = {"nm": 1e-3, "µm": 1.0, "um": 1.0, "mm": 1e3, "cm": 1e4, "m": 1e6}  # of OME-XML
 
@@ -176,8 +187,8 @@ def _refuse_unsupported(path: Path, page: tifffile.TiffPage, axes: str) -> None:
 
 def _is_coloured_grey(page: tifffile.TiffPage) -> bool:
     """Three samples that are called grey may be red, green and blue, but not if they are inverted or in a JPEG."""
-    ambiguous = page.photometric == GREY and page.compression not in JPEG_LIKE
-    return page.photometric in (MINISWHITE, GREY) and page.samplesperpixel > 2 and not ambiguous
+    grey = page.photometric in (MINISWHITE, GREY) and page.samplesperpixel > 2
+    return grey and (page.photometric == MINISWHITE or page.compression in JPEG_LIKE)
 
 
 def _channel_colours(pages: list[tifffile.TiffPage]) -> list[np.ndarray]:
@@ -205,7 +216,7 @@ def _scale_tags(properties: Any, tif: tifffile.TiffFile) -> ScaleTags:
 
 def _ome_mpp(xml: str) -> tuple[str, str] | None:
     """PhysicalSizeX and Y of the first image in µm, as text; None where they are missing or in no unit of length."""
-    pixels = re.search(r"<(?:\w+:)?Pixels\b[^>]*>", xml)
+    pixels = OME_PIXELS.search(xml)
     if not pixels:
         return None
     found = []

@@ -20,10 +20,9 @@ import tifffile
 
 from ..errors import CorruptTiles
 from ..slide import ReadCost, Window
-from .tiffcheck import tile_fault
+from .tiffcheck import MINISWHITE, RGB, YCBCR, tile_fault
 
 CACHE_BYTES = 128 << 20  # of decoded tiles, for each open slide
-MINISWHITE, RGB, YCBCR = 0, 2, 6
 JPEG = 7
 SPARE = 16  # bytes after a tile that may be padding
 # Codecs that cut off what is too much, by TIFF code; the others make an error of it.

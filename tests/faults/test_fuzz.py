@@ -465,7 +465,8 @@ def test_a_jpeg_of_colours_that_is_called_grey(kit, path, photometric, reader):
 @pytest.mark.parametrize("reader", ["auto", "tiffslide"])
 def test_an_ome_tiff_says_its_size_twice(kit, path, reader):
     path = path.with_name("a.ome.tif")
-    about = {"axes": "YXS", "PhysicalSizeX": 0.5, "PhysicalSizeY": 0.5}
+    size = {f"PhysicalSize{axis}": 500 for axis in "XY"}  # which is no SizeX
+    about = {"axes": "YXS"} | size | {f"{name}Unit": "nm" for name in size}
     tifffile.imwrite(path, kit.tissue(512), photometric="rgb", tile=(64, 64), compression="jpeg", metadata=about)
     assert warnings(path, reader) == ""
     put(path, entry(path, WIDTH) + 8, "H", 500)
